@@ -1,0 +1,172 @@
+"""TOML <-> settings dataclasses. An unknown key is an error that suggests the nearest name.
+
+    load_settings(preset="nano", overrides=["trainer.steps=500"]) -> RunSettings
+    dump_settings(settings) -> TOML text that loads to the same settings
+
+Order: defaults < preset or file < --set. Nothing comes from the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import typing
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+
+from common.errors import SettingsError
+from common.settings import RunSettings
+
+T = TypeVar("T")
+
+
+def preset_names() -> list[str]:
+    folder = resources.files("common") / "presets"
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def load_settings(
+    *, preset: str | None = None, file: Path | None = None, overrides: Iterable[str] = ()
+) -> RunSettings:
+    """Resolved, validated settings. Raises SettingsError with the key and the cure."""
+    if preset is not None and file is not None:
+        raise SettingsError("give either --preset or --config, not both")
+    values = _read_toml(file) if file is not None else _read_preset(preset or "nano")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_settings(values)
+
+
+def parse_settings(values: Mapping[str, Any]) -> RunSettings:
+    settings = _build(RunSettings, values, path="")
+    _check_together(settings)
+    return settings
+
+
+def settings_from_toml(text: str) -> RunSettings:
+    try:
+        return parse_settings(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"not valid TOML: {error}") from None
+
+
+def dump_settings(settings: RunSettings) -> str:
+    return tomli_w.dumps(_plain(settings))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SettingsError(f"{file}: no such file; `trainer-node presets` lists ready-made ones") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: cannot be read: {error}") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{file}: not valid TOML: {error}") from None
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    known = preset_names()
+    if name not in known:
+        raise SettingsError(f"unknown preset '{name}'{_nearest(name, known)}; presets: {', '.join(known)}")
+    text = (resources.files("common") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or len(parts) < 2 or not all(parts):
+        raise SettingsError(f"--set {override}: write it as table.key=value, e.g. trainer.steps=500")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    target = values
+    for part in parts[:-1]:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise SettingsError(f"--set {override}: {part} is not a table")
+    target[parts[-1]] = value
+
+
+def _build(cls: type[T], values: Mapping[str, Any], path: str) -> T:
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{path}{key}"
+        if key not in fields:
+            raise SettingsError(f"unknown key {name}{_nearest(key, fields, path)}")
+        metadata = fields[key].metadata
+        if "table" in metadata:
+            if not isinstance(value, Mapping):
+                raise SettingsError(f"{name} is a table: write [{name}] or {name}.key = value")
+            arguments[key] = _build(metadata["table"], value, f"{name}.")
+        else:
+            arguments[key] = _check(name, value, hints[key], metadata)
+    return cls(**arguments)
+
+
+def _check(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise SettingsError(f"{name} = {value!r}: must be a list")
+        return tuple(_check(name, item, typing.get_args(hint)[0], metadata) for item in value)
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        raise SettingsError(f"{name} = {value!r}: must be of type {hint.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"{name} = {value}: must be finite")
+    low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
+    if low is not None and value < low:
+        raise SettingsError(f"{name} = {value}: must be at least {low}")
+    if high is not None and value > high:
+        raise SettingsError(f"{name} = {value}: must be at most {high}")
+    if choices is not None and value not in choices:
+        raise SettingsError(f"{name} = {value!r}: must be one of {', '.join(choices)}")
+    return value
+
+
+def _check_together(settings: RunSettings) -> None:
+    trainer, monitor = settings.trainer, settings.monitor
+    model = trainer.model
+    if model.width % model.heads:
+        raise SettingsError(
+            f"trainer.model.heads = {model.heads} must divide trainer.model.width = {model.width}"
+        )
+    if trainer.schedule.warmup_steps > trainer.steps:
+        raise SettingsError(
+            f"trainer.schedule.warmup_steps = {trainer.schedule.warmup_steps} is longer than"
+            f" trainer.steps = {trainer.steps}; lower it or train longer"
+        )
+    if settings.predictor.enabled and not settings.predictor.horizon_steps:
+        raise SettingsError(
+            "predictor.horizon_steps is empty; to forbid prediction set predictor.enabled = false"
+        )
+    if monitor.silent_seconds <= monitor.heartbeat_seconds:
+        raise SettingsError("monitor.silent_seconds must be above monitor.heartbeat_seconds")
+    if monitor.cleanup_bytes and monitor.emergency_bytes and monitor.cleanup_bytes >= monitor.emergency_bytes:
+        raise SettingsError("monitor.cleanup_bytes must be below monitor.emergency_bytes")
+    if monitor.cleanup_share >= monitor.emergency_share:
+        raise SettingsError("monitor.cleanup_share must be below monitor.emergency_share")
+
+
+def _nearest(word: str, known: Iterable[str], path: str = "") -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {path}{close[0]}?" if close else ""

@@ -1,0 +1,185 @@
+"""The settings of one run: what each key means, its default and its range.
+
+One TOML file has the tables [trainer], [predictor] and [monitor]; all nodes validate all of it
+before anything starts, which is why the three live together. Reading and writing: common/config.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field that knows its meaning and range (inclusive)."""
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
+
+
+def table(kind: type) -> Any:
+    """A nested TOML table."""
+    return field(default_factory=kind, metadata={"table": kind})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    layers: int = setting(4, "transformer blocks", low=1, high=256)
+    heads: int = setting(4, "attention heads; must divide width", low=1, high=256)
+    width: int = setting(128, "embedding width", low=8, high=65536)
+    context_tokens: int = setting(128, "tokens per training window", low=2, high=1 << 20)
+    vocabulary_size: int = setting(
+        1024, "BPE vocabulary; at least 257 (256 bytes and <end>)", low=257, high=1 << 18
+    )
+    dropout: float = setting(0.0, "dropout probability in training", low=0.0, high=0.9)
+    channels: int = setting(16, "channels of the first convolution (digits task)", low=1, high=1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    path: str = setting(
+        "", "file, folder or git repository; empty = the Python standard library's own source"
+    )
+    suffixes: tuple[str, ...] = setting(
+        (), "take only files with these suffixes from a folder; empty = all text"
+    )
+    validation_share: float = setting(
+        0.05, "share of the files' bytes held out, by file", low=0.001, high=0.5
+    )
+    max_bytes: int = setting(64 * MIB, "stop collecting text here", low=1024, high=1 << 40)
+    cache_dir: str = setting("", "tokens and vocabulary; empty = ~/.cache/hybrid-predict-trainer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    sequences: int = setting(16, "windows (or images) per micro-batch", low=1, high=1 << 20)
+    accumulation: int = setting(1, "micro-batches per step", low=1, high=1 << 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    name: str = setting(
+        "muon", "muon = Muon for hidden matrices, AdamW for the rest", choices=("adamw", "muon")
+    )
+    rate: float = setting(3e-3, "peak learning rate of AdamW", low=0.0, high=10.0)
+    muon_rate: float = setting(2e-2, "peak learning rate of Muon", low=0.0, high=10.0)
+    beta1: float = setting(0.9, "AdamW first-moment decay", low=0.0, high=0.9999)
+    beta2: float = setting(0.95, "AdamW second-moment decay", low=0.0, high=0.99999)
+    muon_momentum: float = setting(0.95, "Muon momentum", low=0.0, high=0.9999)
+    weight_decay: float = setting(0.1, "decoupled weight decay of matrices", low=0.0, high=10.0)
+    clip_norm: float = setting(1.0, "gradient clipping by global L2 norm; 0 = off", low=0.0, high=1e6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSettings:
+    name: str = setting("wsd", "learning-rate schedule", choices=("constant", "cosine", "linear", "wsd"))
+    warmup_steps: int = setting(40, "linear warm-up of the rate", low=0, high=1 << 40)
+    decay_share: float = setting(0.2, "wsd: share of the steps spent decaying", low=0.0, high=1.0)
+    final_share: float = setting(0.0, "rate at the last step as a share of the peak", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasisSettings:
+    average_steps: int = setting(
+        20, "time constant of the averaged weights, steps; 0 = no averaging", low=0, high=1 << 20
+    )
+    slow_momentum: float = setting(0.6, "decay of the slow drift per window", low=0.0, high=0.9999)
+    dtype: str = setting("fp32", "storage of the directions", choices=("fp32", "bf16"))
+    sample_size: int = setting(
+        4096, "weights per group used for projections and cosines", low=16, high=1 << 22
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifySettings:
+    guard_batches: int = setting(1, "held-back training batches that judge a jump", low=1, high=1024)
+    ruin_share: float = setting(
+        0.5,
+        "ruin bound: this share of the way back from the present loss to the first one",
+        low=0.01,
+        high=1.0,
+    )
+    tolerance: float = setting(
+        1.0, "spreads of the no-jump forecast by which a kept jump may be worse", low=0.0, high=100.0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    every_steps: int = setting(50, "steps between checkpoints; 0 = only at the end", low=0, high=1 << 40)
+    keep: int = setting(3, "newest checkpoints kept, besides best and emergency", low=1, high=10_000)
+    snapshot: str = setting(
+        "auto", "where the state before a jump lives; auto = pinned host memory on a GPU, a file on CPU",
+        choices=("auto", "memory", "disk"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    task: str = setting("language", "built-in task", choices=("language", "digits"))
+    steps: int = setting(1000, "real steps that are kept", low=1, high=1 << 40)
+    seed: int = setting(0, "of weights, data order and samples", low=0, high=(1 << 31) - 1)
+    device: str = setting("auto", "auto = a GPU when there is one", choices=("auto", "cpu", "cuda"))
+    threads: int = setting(0, "CPU threads of torch; 0 = torch's choice", low=0, high=4096)
+    precision: str = setting("fp32", "bf16 = autocast on GPU", choices=("fp32", "bf16"))
+    compile: bool = setting(False, "torch.compile on GPU")
+    decision_mode: str = setting("live", "lockstep waits for every decision", choices=("live", "lockstep"))
+    decision_wait_share: float = setting(
+        0.25, "live: longest wait at a decision point, in steps", low=0.0, high=100.0
+    )
+    statistics_steps: int = setting(64, "length of the WARMUP phase", low=1, high=1 << 40)
+    window_steps: int = setting(16, "real steps of a FULL window", low=2, high=1 << 20)
+    probation_steps: int = setting(16, "real steps of CORRECT", low=1, high=1 << 20)
+    evaluate_every_steps: int = setting(50, "steps between held-out losses", low=1, high=1 << 40)
+    evaluation_batches: int = setting(8, "held-out batches per evaluation", low=1, high=1 << 20)
+    model: ModelSettings = table(ModelSettings)
+    data: DataSettings = table(DataSettings)
+    batch: BatchSettings = table(BatchSettings)
+    optimizer: OptimizerSettings = table(OptimizerSettings)
+    schedule: ScheduleSettings = table(ScheduleSettings)
+    basis: BasisSettings = table(BasisSettings)
+    verify: VerifySettings = table(VerifySettings)
+    checkpoint: CheckpointSettings = table(CheckpointSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorSettings:
+    enabled: bool = setting(True, "false = plain training, observed but never jumped")
+    policy: str = setting("fixed", "how decisions are made", choices=("fixed",))
+    horizon_steps: tuple[int, ...] = setting((5, 10, 15), "horizons proposed in turn", low=1, high=10_000)
+    drift_gain: float = setting(0.5, "share of the drift that a line fit trusts", low=-10.0, high=10.0)
+    slow_gain: float = setting(0.0, "the same for the slow drift", low=-10.0, high=10.0)
+    pull_back: float = setting(0.0, "share of the way back to the averaged weights", low=-1.0, high=1.0)
+    rest_windows: int = setting(2, "windows after WARMUP without proposals", low=0, high=1 << 20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorSettings:
+    sample_seconds: float = setting(1.0, "between memory samples", low=0.05, high=3600.0)
+    heartbeat_seconds: float = setting(0.5, "between heartbeats of every node", low=0.05, high=60.0)
+    silent_seconds: float = setting(
+        3.0, "without heartbeat until a node counts as lost", low=0.2, high=3600.0
+    )
+    cleanup_bytes: int = setting(
+        0, "memory level that orders a clean-up; 0 = cleanup_share", low=0, high=1 << 50
+    )
+    emergency_bytes: int = setting(
+        0, "memory level of the emergency checkpoint; 0 = emergency_share", low=0, high=1 << 50
+    )
+    cleanup_share: float = setting(0.75, "of the device memory", low=0.01, high=1.0)
+    emergency_share: float = setting(0.875, "of the device memory", low=0.01, high=1.0)
+    http: str = setting("127.0.0.1:0", "address of the live page; port 0 = any free one; empty = no page")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    trainer: TrainerSettings = table(TrainerSettings)
+    predictor: PredictorSettings = table(PredictorSettings)
+    monitor: MonitorSettings = table(MonitorSettings)
