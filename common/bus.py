@@ -10,9 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from common.messages import EntryId
+
+class EntryId(NamedTuple):
+    """Position in a stream. The server refuses an id that is not above its newest one."""
+
+    generation: int  # >= 1
+    sequence: int  # >= 1, contiguous within a generation
+
+    def __str__(self) -> str:
+        return f"{self.generation}-{self.sequence}"
+
+    @classmethod
+    def parse(cls, text: str) -> EntryId:
+        generation, _, sequence = text.partition("-")
+        return cls(int(generation), int(sequence))
+
+
+STREAM_START = EntryId(0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,15 @@
 
 step            one real optimizer step: forward, backward, update. Numbered from 1.
 attempt         how often the run has been set back to a snapshot; (attempt, step) is unique.
-virtual step    a step that a delta stands for; it consumes no data and moves no schedule.
+virtual step    a step that a delta stands for: no data consumed, no schedule moved.
 horizon         virtual steps of one proposal.
 phase           WARMUP, FULL, PREDICT, CORRECT.
-window          the real steps of one FULL phase; its end is a decision point.
-cycle           FULL window, PREDICT, CORRECT.
+window          the real steps of one FULL phase; its end is a decision point. A cycle is a
+                FULL window, PREDICT, CORRECT.
 proposal        a PhaseDecision whose horizon is above zero.
 delta           coefficients over directions the trainer holds: delta_g = sum_k c[g,k] * d[g,k].
 probation       the real steps of CORRECT, after which a proposal is judged.
-verdict         what the trainer made of a decision; Outcome reports it.
-veto            the monitor's no. It never touches weights.
+verdict         what the trainer made of a decision; Outcome reports it. veto: the monitor's no.
 generation      fencing number of one start of a node; entry ids are `generation-sequence`.
 
 Messages travel on six streams, `hpt:{run_id}:<stream>`, one writer each. All that the predictor
@@ -24,7 +23,6 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import NamedTuple
 
 SCHEMA = 1
 DIRECTIONS = ("momentum", "drift", "slow_drift", "pull_back")
@@ -53,24 +51,6 @@ class Verdict(enum.Enum):
 
 
 APPLIED_VERDICTS = frozenset({Verdict.ACCEPTED, Verdict.REFUSED, Verdict.RUINED, Verdict.ABORTED})
-
-
-class EntryId(NamedTuple):
-    """Position in a stream. The server refuses an id that is not above its newest one."""
-
-    generation: int  # >= 1
-    sequence: int  # >= 1, contiguous within a generation
-
-    def __str__(self) -> str:
-        return f"{self.generation}-{self.sequence}"
-
-    @classmethod
-    def parse(cls, text: str) -> EntryId:
-        generation, _, sequence = text.partition("-")
-        return cls(int(generation), int(sequence))
-
-
-STREAM_START = EntryId(0, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,12 +179,12 @@ class CheckpointWritten:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunEnded:
     step: int
-    reason: str  # "finished", "stopped", "failed: ..."
+    reason: str  # "finished", "stopped"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseVeto:
-    """The newest one counts. It lapses `valid_seconds` after arrival: a dead monitor vetoes nothing for ever."""
+    """The newest one counts. It lapses `valid_seconds` after arrival: a dead monitor stops nothing."""
 
     veto_id: str
     active: bool
@@ -249,10 +229,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VramSample:
-    """Memory of the device, or of the process where there is no GPU.
-
-    Unknown is None with a reason, never zero.
-    """
+    """Memory of the device or process. Unknown is None with a reason, never zero."""
 
     source: str  # "nvml", "rss"
     device: str
@@ -305,12 +282,10 @@ class NodeLost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeadLetter:
-    """A message that a node could not handle after several tries."""
-
     stream: str
     entry_id: str
     kind: str
-    deliveries: int
+    deliveries: int  # tries of a message that a node could not handle
     error: str
     body: bytes
 
