@@ -1,9 +1,7 @@
 """Time as an argument. Nothing below `main` asks the operating system for the time.
 
-SystemClock is wall time. CountedClock is the clock of lockstep runs: it moves only when work is
-done, by the forward-equivalents of that work (forward 1, training step 3), so that every duration
-inside a message, and therefore everything that learns from messages, is reproducible.
-FakeClock is moved by tests.
+SystemClock is wall time; FakeClock is moved by tests. Durations that go into messages come from
+trainer_node/ledger.py, which counts work instead of seconds in lockstep runs.
 """
 
 import time
@@ -52,26 +50,3 @@ class FakeClock:
         if seconds < 0:
             raise ValueError(f"a clock cannot go back ({seconds} s)")
         self._now_seconds += seconds
-
-
-class Stopwatch:
-    """Durations for messages: wall time, or forward-equivalents when `counted` is true.
-
-    `measure(passes)` is told how many forward-equivalents the work stands for; a wall stopwatch
-    ignores it, a counted one ignores the wall. One counted forward pass is one "second".
-    """
-
-    def __init__(self, clock: Clock, *, counted: bool) -> None:
-        self._clock = clock
-        self._counted = counted
-        self._last_seconds = clock.monotonic()
-
-    def restart(self) -> None:
-        self._last_seconds = self._clock.monotonic()
-
-    def lap(self, *, passes: float) -> float:
-        """Seconds since the last lap or restart."""
-        now_seconds = self._clock.monotonic()
-        elapsed_seconds = now_seconds - self._last_seconds
-        self._last_seconds = now_seconds
-        return passes if self._counted else elapsed_seconds

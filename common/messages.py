@@ -16,7 +16,7 @@ generation      fencing number of one start of a node; entry ids are `generation
 Messages travel on six streams, `hpt:{run_id}:<stream>`, one writer each. All that the predictor
 learns from is on one stream, so it has one total order (see docs/messages.md for the reason).
 Wall-clock time is in the envelope, never in a message: equal runs send equal bytes.
-Seconds inside messages come from `clock.Stopwatch`: in lockstep they are forward-equivalents.
+Seconds inside messages are wall time, or in lockstep forward-equivalents (trainer_node/ledger.py).
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ class Phase(enum.Enum):
 
 
 class Verdict(enum.Enum):
-    """What became of one decision."""
-
     ACCEPTED = "accepted"  # survived probation: the jump is kept
     REFUSED = "refused"  # worse than the no-jump forecast after probation: restored
     RUINED = "ruined"  # non-finite or beyond the ruin bound at once: restored
@@ -48,6 +46,7 @@ class Verdict(enum.Enum):
     USED = "used"  # this decision was applied before
     VETOED = "vetoed"
     MALFORMED = "malformed"  # non-finite coefficients, wrong shape or absurd horizon
+    FAILED = "failed"  # no snapshot could be taken (disk full): nothing was changed
 
 
 APPLIED_VERDICTS = frozenset({Verdict.ACCEPTED, Verdict.REFUSED, Verdict.RUINED, Verdict.ABORTED})
@@ -167,13 +166,13 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointWritten:
-    """The predictor saves its own state under the same name when it reads this."""
+    """Sent when the state is captured; the predictor then saves its own under the same name."""
 
     name: str  # folder name, e.g. "step-00000050.gen-1"
     step: int
     attempt: int
     emergency: bool
-    manifest_sha256: str
+    fingerprint: str  # of the weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

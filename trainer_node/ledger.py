@@ -1,0 +1,87 @@
+"""Where the time of a run went: wall seconds and forward-equivalents by purpose, verdicts by kind.
+
+A training step of one micro-batch is 3 forward-equivalents, a check 1 (speedup.md, section 3).
+`span` measures a piece of work; what it returns is fit for messages: wall seconds, or in
+lockstep the forward-equivalents, so that equal runs send equal bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from common.clock import Clock
+from common.messages import APPLIED_VERDICTS, Outcome, Verdict
+
+TRAIN_PASSES = 3.0  # per micro-batch: forward 1, backward 2
+CHECK_PASSES = 1.0
+
+STEPS, CHECKS, WAITING, SNAPSHOTS, JUMPS = "steps", "verification", "waiting", "snapshots", "jumps"
+EVALUATION, CHECKPOINTS, WINDOWS = "evaluation", "checkpoints", "windows"
+DATA = "data"  # part of STEPS
+
+
+class Span:
+    seconds: float = 0.0  # for messages
+    wall_seconds: float = 0.0
+
+
+class Ledger:
+    def __init__(self, clock: Clock, *, counted: bool) -> None:
+        self._clock = clock
+        self._counted = counted
+        self.wall_seconds: defaultdict[str, float] = defaultdict(float)
+        self.passes: defaultdict[str, float] = defaultdict(float)
+        self.verdicts: Counter[Verdict] = Counter()
+        self.virtual_steps = 0
+        self.lost_steps = 0
+        self.cosines: list[float] = []
+
+    @contextmanager
+    def span(self, purpose: str, *, passes: float = 0.0) -> Iterator[Span]:
+        span = Span()
+        started = self._clock.monotonic()
+        try:
+            yield span
+        finally:
+            span.wall_seconds = self._clock.monotonic() - started
+            span.seconds = passes if self._counted else span.wall_seconds
+            self.wall_seconds[purpose] += span.wall_seconds
+            self.passes[purpose] += passes
+
+    def note(self, outcome: Outcome) -> None:
+        self.verdicts[outcome.verdict] += 1
+        self.lost_steps += outcome.lost_steps
+        if outcome.verdict is Verdict.ACCEPTED:
+            self.virtual_steps += outcome.horizon_steps
+        if outcome.delta_cosine == outcome.delta_cosine:
+            self.cosines.append(outcome.delta_cosine)
+
+    @property
+    def applied(self) -> int:
+        """Proposals that moved weights, whatever became of them."""
+        return sum(self.verdicts[verdict] for verdict in APPLIED_VERDICTS)
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall seconds of all purposes."""
+        return sum(seconds for purpose, seconds in self.wall_seconds.items() if purpose != DATA)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "wall_seconds": dict(self.wall_seconds),
+            "passes": dict(self.passes),
+            "verdicts": {verdict.value: count for verdict, count in self.verdicts.items()},
+            "virtual_steps": self.virtual_steps,
+            "lost_steps": self.lost_steps,
+            "cosines": self.cosines,
+        }
+
+    def load(self, values: dict[str, dict[str, float]]) -> None:
+        self.wall_seconds.update(values["wall_seconds"])
+        self.passes.update(values["passes"])
+        self.verdicts.update({Verdict(name): int(count) for name, count in values["verdicts"].items()})
+        self.virtual_steps = int(values["virtual_steps"])  # type: ignore[call-overload]
+        self.lost_steps = int(values["lost_steps"])  # type: ignore[call-overload]
+        self.cosines = list(values["cosines"])  # type: ignore[arg-type]

@@ -1,0 +1,298 @@
+"""The phase loop. Only this process touches weights; everybody else proposes or objects.
+
+    while steps are left:
+        decision point   -> ask, check, jump or go on
+        judgement point  -> keep or restore
+        otherwise        -> one real step, observed
+
+Knows no bus, no Redis, no files: `links` answers, `emit` tells, `housekeeping` keeps. The same loop
+without predictor is a plain training loop, bit for bit (tests/trainer/test_loop.py).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+
+from common.messages import DIRECTIONS, DecisionPoint, Message, Outcome, Phase, PhaseDecision, Verdict
+from common.settings import TrainerSettings
+from trainer_node import ledger as purposes
+from trainer_node import phases
+from trainer_node.basis import Basis
+from trainer_node.featurize import StepFacts, note_outcome
+from trainer_node.fingerprint import fingerprint
+from trainer_node.groups import ParameterGroup
+from trainer_node.jump import Jump, JumpTools, abort_jump, blank_outcome, finish_jump, start_jump
+from trainer_node.ledger import TRAIN_PASSES, Ledger
+from trainer_node.links import DecisionSource
+from trainer_node.optim.build import set_rates
+from trainer_node.optim.schedule import rate_factor
+from trainer_node.phases import PhaseRules, Position
+from trainer_node.probe import Probe
+from trainer_node.progress import Progress, before_jump, first_progress, full_step_seconds, step_facts
+from trainer_node.snapshot import TensorStore
+from trainer_node.step import StepTensors, autocast, mean_loss, train_step
+from trainer_node.tasks import Task
+
+
+class Loop:
+    def __init__(
+        self,
+        task: Task,
+        optimizers: Sequence[torch.optim.Optimizer],
+        groups: list[ParameterGroup],
+        settings: TrainerSettings,
+        *,
+        basis: Basis | None,
+        store: TensorStore | None,
+        links: DecisionSource,
+        emit: Callable[[Message], None],
+        housekeeping: Callable[[Loop], None],
+        ledger: Ledger,
+        generation: int,
+    ) -> None:
+        self.task, self.optimizers, self.groups, self.settings = task, optimizers, groups, settings
+        self.basis, self.links, self.emit, self.ledger = basis, links, emit, ledger
+        self.generation = generation
+        self.rules = PhaseRules(
+            statistics_steps=settings.statistics_steps,
+            window_steps=settings.window_steps,
+            probation_steps=settings.probation_steps,
+            total_steps=settings.steps,
+        )
+        self.progress = first_progress(self.rules)
+        self.stop_requested = False
+        self._housekeeping = housekeeping
+        self._context = partial(autocast, task.device, settings.precision)
+        self._probe = Probe(optimizers, basis.averages if basis else None)
+        self._jump_tools = self._make_tools(store) if basis is not None and store is not None else None
+        self._jump: Jump | None = None
+        self._undo: Progress | None = None
+        self._fingerprint = ""
+        self._step_wall_seconds: deque[float] = deque(maxlen=16)
+
+    # ---- the loop, on one screen -------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until `steps` real steps are kept or a stop is requested."""
+        with self._probe, ExitStack() as at_the_end:
+            if self._jump_tools is not None:
+                at_the_end.callback(self._jump_tools.store.close)
+            while not self._is_finished():
+                phase = self.progress.phase
+                if phase.is_decision_point:
+                    self._decide()
+                elif phase.is_judgement_point:
+                    self._settle(finish_jump(self.tools, self.on_probation))
+                else:
+                    self._real_step()
+                    if self.is_calm:
+                        self._housekeeping(self)
+                if self.stop_requested:
+                    self._come_to_rest()
+                    return
+
+    def _is_finished(self) -> bool:
+        return self.progress.step >= self.settings.steps and self._jump is None
+
+    @property
+    def is_calm(self) -> bool:
+        """No jump is on probation and no decision is due: the state is complete and may be saved."""
+        return self._jump is None and not self.progress.phase.is_decision_point
+
+    def _come_to_rest(self) -> None:
+        """To a state that may be saved: out of probation by a restore, past a decision point."""
+        if self._jump is not None:
+            self._settle(abort_jump(self.tools, self._jump))
+        elif self.progress.phase.is_decision_point:
+            self._go_on(None, Verdict.MISSING, 0.0)
+
+    # ---- a real step -------------------------------------------------------------------------
+
+    def _real_step(self) -> None:
+        progress, settings = self.progress, self.settings
+        factor = rate_factor(progress.step, settings.steps, settings.schedule)
+        set_rates(self.optimizers, factor)
+        count = settings.batch.accumulation
+        passes = TRAIN_PASSES * count
+        with self.ledger.span(purposes.STEPS, passes=passes) as span:
+            first = progress.step * count
+            with self.ledger.span(purposes.DATA) as data_span:
+                batches = [self.task.train.batch(first + i) for i in range(count)]
+            tensors = train_step(
+                self.task.model,
+                self.task.loss,
+                batches,
+                self.optimizers,
+                self.groups,
+                clip_norm=settings.optimizer.clip_norm,
+                context=self._context,
+            )
+        self._step_wall_seconds.append(span.wall_seconds)
+        if self._jump is not None:
+            self._jump.step_seconds.append(span.seconds)
+            self._jump.step_passes += passes
+        facts = step_facts(
+            progress,
+            self.task,
+            settings,
+            rate_factor=factor,
+            step_seconds=span.seconds,
+            data_seconds=data_span.seconds,
+        )
+        progress.features.all_passes += passes
+        progress.step += 1
+        before = progress.phase
+        progress.phase = phases.after_step(before, self.rules)
+        if before.phase is Phase.WARMUP and progress.phase.phase is Phase.FULL:
+            self._begin_window()
+        self._observe(tensors, facts)
+
+    def _observe(self, tensors: StepTensors, facts: StepFacts) -> None:
+        progress = self.progress
+        self._probe.record(tensors, facts, progress.attempt)
+        point = None
+        at_point = progress.phase.is_decision_point
+        if at_point and self.basis is not None:
+            with self.ledger.span(purposes.WINDOWS):
+                self._fingerprint = fingerprint(self.basis.parameters)
+                point = self.basis.close_window(window=progress.phase.windows, fingerprint=self._fingerprint)
+            self._remember_norms(point)
+        wait = at_point or progress.phase.is_judgement_point or progress.step == self.settings.steps
+        for observation in self._probe.collect(progress.features, wait=wait, decision_point=point):
+            progress.recent_losses.append(observation.features[0])
+            self.emit(observation)
+
+    def _remember_norms(self, point: DecisionPoint) -> None:
+        features = self.progress.features
+        features.parameter_norm = math.sqrt(sum(n * n for n in point.parameter_norms))
+        features.displacement_norm = math.sqrt(sum(n * n for n in point.displacement_norms))
+
+    def _begin_window(self) -> None:
+        if self.basis is not None:
+            self.basis.averages.begin_window()
+
+    # ---- decisions ---------------------------------------------------------------------------
+
+    def _decide(self) -> None:
+        """At a decision point: ask, check, and jump or go on with a window."""
+        if self.basis is None:
+            self.progress.phase = phases.after_decision(self.progress.phase, None, self.rules)
+            return
+        progress = self.progress
+        with self.ledger.span(purposes.WAITING) as waiting:
+            decision = self.links.wait_decision(
+                step=progress.step, attempt=progress.attempt, seconds=self._patience_seconds()
+            )
+        verdict = phases.objection(
+            decision,
+            position=self._position(),
+            state=progress.phase,
+            rules=self.rules,
+            veto=self.links.veto(),
+        )
+        if decision is None or verdict is not None:
+            self._go_on(decision, verdict or Verdict.MISSING, waiting.seconds)
+            return
+        self._undo = progress.copy()
+        jump = start_jump(self.tools, decision, before_jump(progress, waiting.seconds))
+        if isinstance(jump, Outcome):
+            self._undo = None
+            self._after_outcome(jump)
+            progress.phase = phases.after_decision(progress.phase, None, self.rules)
+            self._begin_window()
+        else:
+            self._jump = jump
+            progress.phase = phases.after_decision(progress.phase, decision.decision_id, self.rules)
+
+    def _go_on(self, decision: PhaseDecision | None, verdict: Verdict, waiting_seconds: float) -> None:
+        progress = self.progress
+        decision_id = decision.decision_id if decision else f"{progress.step}.{progress.attempt}"
+        self._after_outcome(
+            blank_outcome(
+                decision_id,
+                verdict,
+                step=progress.step,
+                attempt=progress.attempt,
+                horizon_steps=decision.horizon_steps if decision else 0,
+                waiting_seconds=waiting_seconds,
+                full_step_seconds=full_step_seconds(progress),
+            )
+        )
+        progress.phase = phases.after_decision(progress.phase, None, self.rules)
+        self._begin_window()
+
+    def _settle(self, outcome: Outcome) -> None:
+        """The end of a probation, whatever the verdict."""
+        undo, judged_phase = self._undo, self.progress.phase
+        self._jump, self._undo = None, None
+        if outcome.verdict is not Verdict.ACCEPTED:
+            assert undo is not None
+            self._probe.forget()
+            self.progress = undo
+            self.progress.attempt = outcome.attempt
+        self.progress.phase = phases.after_judgement(judged_phase, self.rules)
+        self._after_outcome(outcome)
+        self._begin_window()
+
+    def _after_outcome(self, outcome: Outcome) -> None:
+        self.ledger.note(outcome)
+        if outcome.delta_norm > 0:
+            note_outcome(
+                self.progress.features,
+                outcome,
+                window_steps=self.settings.window_steps,
+                step_passes=TRAIN_PASSES * self.settings.batch.accumulation,
+            )
+        self.emit(outcome)
+
+    # ---- small answers -----------------------------------------------------------------------
+
+    @property
+    def tools(self) -> JumpTools:
+        assert self._jump_tools is not None, "a jump needs its tools"
+        return self._jump_tools
+
+    @property
+    def on_probation(self) -> Jump:
+        assert self._jump is not None, "no jump is on probation"
+        return self._jump
+
+    def _make_tools(self, store: TensorStore) -> JumpTools:
+        assert self.basis is not None
+        return JumpTools(
+            basis=self.basis,
+            optimizers=self.optimizers,
+            store=store,
+            guard_loss=self.guard_loss,
+            ledger=self.ledger,
+            settings=self.settings.verify,
+            probation_steps=self.settings.probation_steps,
+        )
+
+    def guard_loss(self) -> float:
+        count = self.settings.verify.guard_batches
+        batches = [self.task.train.guard(i) for i in range(count)]
+        return mean_loss(self.task.model, self.task.loss, batches, context=self._context)
+
+    def _patience_seconds(self) -> float | None:
+        if self.settings.decision_mode == "lockstep":
+            return None
+        return self.settings.decision_wait_share * statistics.median(self._step_wall_seconds or [0.0])
+
+    def _position(self) -> Position:
+        assert self.basis is not None
+        return Position(
+            generation=self.generation,
+            step=self.progress.step,
+            attempt=self.progress.attempt,
+            fingerprint=self._fingerprint,
+            num_groups=self.basis.num_groups,
+            num_directions=len(DIRECTIONS),
+        )

@@ -1,0 +1,108 @@
+"""Watches the optimizer and turns each step into an Observation, without stopping the device.
+
+A context manager: on entry it hooks the optimizers (before the first, after the last), on exit
+they are as before. The hooks keep the basis' averages up to date. Per step, one small tensor (loss,
+clip scale, G gradient norms) is copied to the host; on a GPU the copy is awaited one step later, so
+an ordinary step never synchronises. Reads weights and gradients, never writes them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from common.messages import DecisionPoint, Observation
+from trainer_node.averages import Averages
+from trainer_node.featurize import FeatureState, StepFacts, featurize
+from trainer_node.step import StepTensors
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A step whose numbers are on their way to the host."""
+
+    facts: StepFacts
+    attempt: int
+    host: Tensor  # (2 + G,)
+    arrived: torch.cuda.Event | None
+
+
+class Probe:
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], averages: Averages | None) -> None:
+        self._optimizers = list(optimizers)
+        self._averages = averages
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._pending: deque[Pending] = deque()
+
+    def __enter__(self) -> Probe:
+        averages = self._averages
+        if averages is not None:
+            first, last = self._optimizers[0], self._optimizers[-1]
+            self._handles = [
+                first.register_step_pre_hook(lambda *_: averages.before_step()),
+                last.register_step_post_hook(lambda *_: averages.after_step()),
+            ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def record(self, tensors: StepTensors, facts: StepFacts, attempt: int) -> None:
+        """Start moving a step's numbers to the host."""
+        packed = torch.cat(
+            [tensors.loss.view(1), tensors.clip_scale.view(1).float(), tensors.gradient_norms_G]
+        )
+        arrived = None
+        if packed.is_cuda:
+            host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            host.copy_(packed, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        else:
+            host = packed
+        self._pending.append(Pending(facts, attempt, host, arrived))
+
+    def collect(
+        self, state: FeatureState, *, wait: bool, decision_point: DecisionPoint | None = None
+    ) -> list[Observation]:
+        """Observations of the steps whose numbers have arrived, oldest first.
+
+        With `wait` all of them; `decision_point` then goes with the newest one.
+        """
+        observations: list[Observation] = []
+        while self._pending:
+            pending = self._pending[0]
+            if pending.arrived is not None:
+                if not wait and not pending.arrived.query():
+                    break
+                pending.arrived.synchronize()
+            self._pending.popleft()
+            point = decision_point if wait and not self._pending else None
+            observations.append(_observation(pending, state, point))
+        return observations
+
+    def forget(self) -> None:
+        """Drop what is on its way: the steps were undone."""
+        self._pending.clear()
+
+
+def _observation(pending: Pending, state: FeatureState, point: DecisionPoint | None) -> Observation:
+    loss, clip_scale, *norms = pending.host.tolist()
+    total_norm = sum(norm * norm for norm in norms) ** 0.5
+    return Observation(
+        step=pending.facts.step,
+        attempt=pending.attempt,
+        phase=pending.facts.phase,
+        features=featurize(state, pending.facts, loss=loss, gradient_norm=total_norm, clip_scale=clip_scale),
+        gradient_norms=tuple(norms),
+        decision_point=point,
+    )

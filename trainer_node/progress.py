@@ -1,0 +1,111 @@
+"""How far a run is, apart from tensors: what a checkpoint stores and a restore sets back.
+
+The data position is not stored: it is `step` times the micro-batches of a step (data.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+
+from common.messages import Phase
+from common.settings import TrainerSettings
+from trainer_node.featurize import FeatureState, StepFacts
+from trainer_node.jump import Before
+from trainer_node.optim.schedule import decay_start_step
+from trainer_node.phases import PhaseRules, PhaseState, first_state
+from trainer_node.tasks import Task
+
+
+@dataclass
+class Progress:
+    step: int  # real steps that are kept
+    attempt: int
+    phase: PhaseState
+    features: FeatureState
+    recent_losses: deque[float]  # of the last two windows, for the no-jump forecast
+
+    def copy(self) -> Progress:
+        return replace(self, features=self.features.copy(), recent_losses=self.recent_losses.copy())
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "step": self.step,
+            "attempt": self.attempt,
+            "phase": {**asdict(self.phase), "phase": self.phase.phase.value},
+            "features": self.features.to_json(),
+            "recent_losses": list(self.recent_losses),
+        }
+
+
+def first_progress(rules: PhaseRules) -> Progress:
+    return Progress(0, 0, first_state(rules), FeatureState(), deque(maxlen=2 * rules.window_steps))
+
+
+def progress_from_json(values: dict, rules: PhaseRules) -> Progress:
+    phase = values["phase"]
+    return Progress(
+        step=values["step"],
+        attempt=values["attempt"],
+        phase=PhaseState(**{**phase, "phase": Phase(phase["phase"])}),
+        features=FeatureState.from_json(values["features"]),
+        recent_losses=deque(values["recent_losses"], maxlen=2 * rules.window_steps),
+    )
+
+
+def step_facts(
+    progress: Progress,
+    task: Task,
+    settings: TrainerSettings,
+    *,
+    rate_factor: float,
+    step_seconds: float,
+    data_seconds: float,
+) -> StepFacts:
+    """Facts of the step that is just being finished; `progress` still stands before it."""
+    state, optimizer = progress.phase, settings.optimizer
+    lengths = {Phase.WARMUP: settings.statistics_steps, Phase.FULL: settings.window_steps}
+    phase_steps = lengths.get(state.phase, settings.probation_steps)
+    step = progress.step + 1
+    return StepFacts(
+        phase=state.phase,
+        phase_steps_done=phase_steps - state.steps_left + 1,
+        phase_steps=phase_steps,
+        step=step,
+        total_steps=settings.steps,
+        rate=rate_factor * optimizer.rate,
+        peak_rate=optimizer.rate,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        weight_decay=optimizer.weight_decay,
+        warmup_steps=settings.schedule.warmup_steps,
+        decay_start_step=decay_start_step(settings.steps, settings.schedule),
+        units_per_step=task.units_per_step,
+        epoch=task.train.epoch(step * settings.batch.accumulation),
+        micro_batches=settings.batch.accumulation,
+        context=settings.model.context_tokens,
+        step_seconds=step_seconds,
+        data_seconds=data_seconds,
+    )
+
+
+def before_jump(progress: Progress, waiting_seconds: float) -> Before:
+    losses = list(progress.recent_losses)
+    changes = [later - earlier for earlier, later in itertools.pairwise(losses)]
+    return Before(
+        attempt=progress.attempt,
+        recent_losses=losses,
+        first_loss=progress.features.first_loss,
+        # Noise of a single loss from successive differences: a trend does not inflate it.
+        loss_noise=statistics.pstdev(changes) / math.sqrt(2) if len(changes) > 1 else 0.0,
+        waiting_seconds=waiting_seconds,
+        full_step_seconds=full_step_seconds(progress),
+    )
+
+
+def full_step_seconds(progress: Progress) -> float:
+    """What an ordinary step costs now, in the unit of messages."""
+    return float(statistics.median(progress.features.seconds.values or [0.0]))

@@ -1,0 +1,167 @@
+"""The state before a jump, restored bit for bit.
+
+Holds weights, every tensor of the optimizers, the moving averages and the RNG. Lives in pinned
+host memory on a GPU; on CPU in an unlinked file (page cache, not process memory), because six
+copies of a model in RAM is what the memory bar forbids. Restoring is proved by fingerprint.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import EnvironmentFault
+from trainer_node.fingerprint import fingerprint
+
+
+class TensorStore(Protocol):
+    def save(self, tensors: Sequence[Tensor]) -> None: ...
+
+    def load_into(self, tensors: Sequence[Tensor]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MemoryStore:
+    """Clones on CPU, pinned host copies on a GPU; buffers are kept for the next snapshot."""
+
+    def __init__(self) -> None:
+        self._copies: list[Tensor] = []
+
+    def save(self, tensors: Sequence[Tensor]) -> None:
+        if [(c.shape, c.dtype) for c in self._copies] != [(t.shape, t.dtype) for t in tensors]:
+            self._copies = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in tensors]
+        for copy, tensor in zip(self._copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        _synchronize(tensors)
+
+    def load_into(self, tensors: Sequence[Tensor]) -> None:
+        for copy, tensor in zip(self._copies, tensors, strict=True):
+            tensor.copy_(copy, non_blocking=True)
+        _synchronize(tensors)
+
+    def close(self) -> None:
+        self._copies = []
+
+
+class DiskStore:
+    """One unlinked temporary file; raises EnvironmentFault when the disk is full."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._opened: BinaryIO | None = None
+
+    @property
+    def _file(self) -> BinaryIO:
+        if self._opened is None:
+            self._opened = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
+        return self._opened
+
+    def save(self, tensors: Sequence[Tensor]) -> None:
+        try:
+            self._file.seek(0)
+            for tensor in tensors:
+                view = memoryview(_host_bytes(tensor))
+                while view:
+                    view = view[self._file.write(view) :]
+        except OSError as error:
+            raise EnvironmentFault(
+                f"no snapshot: {error.strerror}; free space or set snapshot = memory"
+            ) from None
+
+    def load_into(self, tensors: Sequence[Tensor]) -> None:
+        self._file.seek(0)
+        for tensor in tensors:
+            target = tensor if tensor.device.type == "cpu" and tensor.is_contiguous() else torch.empty_like(
+                tensor, device="cpu", memory_format=torch.contiguous_format
+            )  # fmt: skip
+            view = memoryview(_host_bytes(target))
+            while view:
+                count = self._file.readinto(view)  # type: ignore[attr-defined]
+                if not count:
+                    raise EnvironmentFault("the snapshot file was cut short; resume from the last checkpoint")
+                view = view[count:]
+            if target is not tensor:
+                tensor.copy_(target)
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+
+def make_store(kind: str, device: torch.device, folder: Path | None) -> TensorStore:
+    """`auto`: memory on a GPU or without a run folder, else disk."""
+    if kind == "memory" or folder is None or (kind == "auto" and device.type == "cuda"):
+        return MemoryStore()
+    return DiskStore(folder)
+
+
+class Snapshot:
+    """Weights, optimizer tensors, moving averages and RNG of one moment."""
+
+    def __init__(
+        self,
+        store: TensorStore,
+        parameters: Sequence[Tensor],
+        optimizers: Sequence[torch.optim.Optimizer],
+        extra: Sequence[Tensor],
+    ) -> None:
+        self._store = store
+        self._tensors = [p.detach() for p in parameters] + optimizer_tensors(optimizers) + list(extra)
+        self._random = random_state(self._tensors[0].device)
+        self._fingerprint = fingerprint(self._tensors)
+        store.save(self._tensors)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Raises EnvironmentFault if a single bit differs afterwards: training must not go on then."""
+        self._store.load_into(self._tensors)
+        set_random_state(self._random, self._tensors[0].device)
+        found = fingerprint(self._tensors)
+        if found != self._fingerprint:
+            raise EnvironmentFault(
+                f"a restored snapshot differs ({found}, was {self._fingerprint}): faulty memory or disk;"
+                " resume from the last checkpoint"
+            )
+
+
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
+    """Every state tensor, in a fixed order."""
+    return [
+        value
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for _, value in sorted(optimizer.state.get(parameter, {}).items())
+        if isinstance(value, Tensor)
+    ]
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _host_bytes(tensor: Tensor) -> np.ndarray:
+    host = tensor.detach().cpu().contiguous()
+    return host.view(-1).view(torch.uint8).numpy()
+
+
+def _synchronize(tensors: Sequence[Tensor]) -> None:
+    if any(t.is_cuda for t in tensors):
+        torch.cuda.synchronize()
