@@ -1,0 +1,90 @@
+"""Puts one training job together: task, optimizers, basis, loop. No bus, no files, no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from common.clock import Clock
+from common.errors import EnvironmentFault
+from common.messages import DIRECTIONS, Message, RunStarted
+from common.settings import RunSettings, TrainerSettings
+from trainer_node.basis import Basis
+from trainer_node.groups import parameter_groups
+from trainer_node.ledger import Ledger
+from trainer_node.links import DecisionSource
+from trainer_node.loop import Loop
+from trainer_node.optim.build import build_optimizers
+from trainer_node.snapshot import make_store
+from trainer_node.tasks import Task, build_task
+
+
+def choose_device(settings: TrainerSettings) -> torch.device:
+    """Raises EnvironmentFault when a GPU is asked for and there is none."""
+    has_gpu = torch.cuda.is_available()
+    if settings.device == "cuda" and not has_gpu:
+        raise EnvironmentFault("no CUDA device is visible to torch; set trainer.device = auto or cpu")
+    return torch.device("cuda" if has_gpu and settings.device != "cpu" else "cpu")
+
+
+def prepare_task(settings: TrainerSettings) -> Task:
+    """Seed, threads, data and model. Raises DataError before anything is written into a run folder."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    device = choose_device(settings)
+    task = build_task(settings, device)
+    if settings.compile and device.type == "cuda":
+        task.model.compile()
+    return task
+
+
+def build_loop(
+    task: Task,
+    settings: RunSettings,
+    *,
+    links: DecisionSource,
+    emit: Callable[[Message], None],
+    housekeeping: Callable[[Loop], None],
+    clock: Clock,
+    generation: int,
+    snapshot_folder: Path | None,
+) -> Loop:
+    """The loop of a fresh run. Without prediction it holds no basis and takes no snapshots."""
+    trainer = settings.trainer
+    optimizers = build_optimizers(task.model, trainer.optimizer, task.device)
+    groups = parameter_groups(task.model)
+    basis = store = None
+    if settings.predictor.enabled:
+        basis = Basis(groups, optimizers, trainer.basis, seed=trainer.seed)
+        store = make_store(trainer.checkpoint.snapshot, task.device, snapshot_folder)
+    return Loop(
+        task,
+        optimizers,
+        groups,
+        trainer,
+        basis=basis,
+        store=store,
+        links=links,
+        emit=emit,
+        housekeeping=housekeeping,
+        ledger=Ledger(clock, counted=trainer.decision_mode == "lockstep"),
+        generation=generation,
+    )
+
+
+def run_started(
+    loop: Loop, *, run_id: str, settings_toml: str, resumed_from: str, feature_version: int
+) -> RunStarted:
+    return RunStarted(
+        run_id=run_id,
+        generation=loop.generation,
+        resumed_from=resumed_from,
+        settings_toml=settings_toml,
+        feature_version=feature_version,
+        directions=DIRECTIONS,
+        groups=tuple(group.spec() for group in loop.groups),
+        first_step=loop.progress.step,
+    )

@@ -1,0 +1,211 @@
+"""Commands of the trainer node. Only this file knows click; heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import threading
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from common.command import run_command
+from common.config import dump_settings, load_settings, preset_names
+from common.errors import SettingsError
+from common.parent import stop_on_signals, stop_when_parent_goes
+from common.settings import RunSettings
+
+RUNS_DIR = "runs"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hybrid-predict-trainer")
+def cli() -> None:
+    """Train a network while another process predicts the run.
+
+    \b
+    Examples:
+      trainer-node up                            train a small GPT on real text, all nodes
+      trainer-node up --data ~/src --steps 2000  learn from a folder of code
+      trainer-node presets                       ready-made settings
+      trainer-node resume runs/<run_id>          go on after a crash or Ctrl-C
+    """
+
+
+def _settings_options(command: Any) -> Any:
+    options = [
+        click.option("--preset", metavar="NAME", help="Ready-made settings; default: nano."),
+        click.option(
+            "--config", "config_file", type=click.Path(path_type=Path), help="A TOML run file, not a preset.",
+        ),
+        click.option("--data", metavar="PATH", help="File, folder or git repository to learn from."),
+        click.option("--steps", type=int, metavar="N", help="Real optimizer steps."),
+        click.option("--seed", type=int, metavar="N", help="Of weights, data order and samples."),
+        click.option("--run-id", metavar="ID", help="Name of the run; default: preset and time."),
+        click.option(
+            "--runs-dir", type=click.Path(path_type=Path), default=Path(RUNS_DIR), show_default=True,
+            help="Where run folders live.",
+        ),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE",
+            help="Change one setting; may be repeated.",
+        ),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _resolve(
+    preset: str | None, config_file: Path | None, data: str | None, steps: int | None, seed: int | None,
+    overrides: tuple[str, ...],
+) -> RunSettings:  # fmt: skip
+    extra = list(overrides)
+    if data is not None:
+        extra.append("trainer.data.path=" + _toml_string(str(Path(data).expanduser().absolute())))
+    if steps is not None:
+        extra.append(f"trainer.steps={steps}")
+    if seed is not None:
+        extra.append(f"trainer.seed={seed}")
+    return load_settings(preset=preset, file=config_file, overrides=extra)
+
+
+def _toml_string(text: str) -> str:
+    if any(ord(character) < 32 for character in text):
+        raise SettingsError(f"{text!r}: control characters cannot be part of a path here")
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _run_id(run_id: str | None, preset: str | None, config_file: Path | None) -> str:
+    from trainer_node.run_folder import check_run_id, fresh_run_id
+
+    prefix = config_file.stem if config_file is not None else preset or "nano"
+    chosen = run_id if run_id is not None else fresh_run_id(prefix, datetime.now())
+    check_run_id(chosen)
+    return chosen
+
+
+@cli.command()
+@_settings_options
+def up(
+    preset: str | None, config_file: Path | None, data: str | None, steps: int | None, seed: int | None,
+    run_id: str | None, runs_dir: Path, overrides: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Run everything: private server, predictor, monitor with a live page, trainer.
+
+    \b
+    Examples:
+      trainer-node up
+      trainer-node up --preset digits
+      trainer-node up --data book.txt --steps 500 --set trainer.optimizer.rate=0.002
+      trainer-node up --set predictor.enabled=false     plain training, observed
+    """
+    settings = _resolve(preset, config_file, data, steps, seed, overrides)
+    from trainer_node.up import start_run
+
+    raise click.exceptions.Exit(
+        start_run(settings, run_id=_run_id(run_id, preset, config_file), runs_dir=runs_dir)
+    )
+
+
+@cli.command()
+@click.option("--redis", "redis_url", metavar="URL", help="Bus address; default: HPT_REDIS_URL.")
+@_settings_options
+@click.option(
+    "--decisions", "decisions_file", type=click.Path(path_type=Path),
+    help="Repeat the decisions of this recording; no predictor is needed.",
+)  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint if there is one.")
+@click.option("--stop-with-parent", is_flag=True, hidden=True)
+def train(
+    redis_url: str | None, preset: str | None, config_file: Path | None, data: str | None, steps: int | None,
+    seed: int | None, run_id: str | None, runs_dir: Path, overrides: tuple[str, ...],
+    decisions_file: Path | None, resume: bool, stop_with_parent: bool,
+) -> None:  # fmt: skip
+    """Run the trainer alone, on a server that is there already.
+
+    \b
+    Examples:
+      trainer-node train --redis redis://localhost:6379 --run-id first
+      trainer-node train --redis unix:///tmp/redis.sock --run-id again --decisions runs/first/recording.hpt
+    """
+    settings = _resolve(preset, config_file, data, steps, seed, overrides)
+    chosen_id = _run_id(run_id, preset, config_file)
+    stop = threading.Event()
+    stop_on_signals(stop)
+    if stop_with_parent:
+        stop_when_parent_goes(stop)
+    from trainer_node import run_folder
+    from trainer_node.node import TrainerJob, run_trainer
+
+    existing = run_folder.RunFolder(runs_dir / chosen_id)
+    if resume and existing.config.is_file():
+        run, settings = run_folder.open_existing(existing.path)
+    else:
+        run = existing
+    job = TrainerJob(
+        run=run, settings=settings, redis_url=redis_url, decisions_file=decisions_file, resume=resume
+    )
+    raise click.exceptions.Exit(run_trainer(job, stop))
+
+
+@cli.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+def resume(run_dir: Path) -> None:
+    """Go on with a run that was stopped or killed, from its newest whole checkpoint.
+
+    \b
+    Example:
+      trainer-node resume runs/nano-20261120-101500
+    """
+    from trainer_node.up import resume_run
+
+    raise click.exceptions.Exit(resume_run(run_dir))
+
+
+@cli.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="Text to continue.")
+@click.option("--tokens", "max_tokens", type=click.IntRange(1, 100_000), default=200, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0.0, 100.0), default=0.8, show_default=True)
+@click.option("--top-k", type=click.IntRange(0), default=50, show_default=True, help="0 = all tokens.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def sample(run_dir: Path, prompt: str, max_tokens: int, temperature: float, top_k: int, seed: int) -> None:
+    """Continue a text with the model of a run.
+
+    \b
+    Example:
+      trainer-node sample runs/nano-20261120-101500 --prompt "def main("
+    """
+    from trainer_node.sample import sample_run
+
+    click.echo(
+        sample_run(
+            run_dir, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
+        )
+    )
+
+
+@cli.command()
+@click.argument("name", required=False)
+def presets(name: str | None) -> None:
+    """List the presets, or print one with all its settings.
+
+    \b
+    Examples:
+      trainer-node presets
+      trainer-node presets nano > my.toml
+    """
+    if name is not None:
+        click.echo(dump_settings(load_settings(preset=name)), nl=False)
+        return
+    for known in preset_names():
+        settings = load_settings(preset=known).trainer
+        click.echo(
+            f"{known:<12} {settings.task}, {settings.steps} steps, {settings.optimizer.name},"
+            f" {settings.precision}, device {settings.device}"
+        )
+
+
+def main() -> None:
+    run_command(cli.main, "trainer-node")

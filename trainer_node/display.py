@@ -1,0 +1,102 @@
+"""What a person sees in the terminal while a run goes on: one progress bar, or plain lines.
+
+Fed with the messages the loop sends; draws at its own pace, never from the loop's time budget
+beyond storing a few numbers. Without a terminal it prints a line every few seconds.
+"""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from common.features import INDEX
+from common.messages import Alert, Evaluation, Message, Observation, Outcome, Verdict
+
+_LINE_SECONDS = 10.0
+_RATE_WINDOW_STEPS = 50
+_LOSS = INDEX["loss_ema_16"]
+
+
+class Display:
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        first_step: int,
+        units_per_step: int,
+        unit: str,
+        console: Console | None = None,
+    ) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
+        self._units_per_step, self._unit, self._total_steps = units_per_step, unit, total_steps
+        self._step, self._phase, self._loss, self._held_out = first_step, "warmup", float("nan"), float("nan")
+        self._accepted = self._refused = self._virtual_steps = 0
+        self._times: list[tuple[float, int]] = [(time.monotonic(), 0)]
+        self._real_steps = 0
+        self._last_line_seconds = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[numbers]}"),
+            console=self._console,
+            refresh_per_second=2,
+            transient=False,
+        )
+        self._task = self._bar.add_task("warmup ", total=total_steps, completed=first_step, numbers="loss -")
+        if self._console.is_terminal:
+            self._bar.start()
+
+    def put(self, message: Message) -> None:
+        match message:
+            case Observation():
+                self._step, self._phase = message.step, message.phase.value
+                self._loss = message.features[_LOSS]
+                self._real_steps += 1
+                self._times = [*self._times[-_RATE_WINDOW_STEPS:], (time.monotonic(), self._real_steps)]
+                self._draw()
+            case Outcome():
+                self._accepted += message.verdict is Verdict.ACCEPTED
+                self._refused += message.verdict in (Verdict.REFUSED, Verdict.RUINED)
+                if message.verdict is Verdict.ACCEPTED:
+                    self._virtual_steps += message.horizon_steps
+                elif message.lost_steps:
+                    self._step = message.base_step
+            case Evaluation():
+                self._held_out = message.loss
+            case Alert():
+                self._console.print(f"{message.severity}: {message.text}", markup=False)
+
+    def numbers(self) -> str:
+        """The part of the line that changes, e.g. for tests."""
+        (first_time, first_count), (last_time, last_count) = self._times[0], self._times[-1]
+        rate = (last_count - first_count) / max(1e-9, last_time - first_time)
+        left = self._total_steps - self._step
+        eta = f"{int(left / rate) // 60}:{int(left / rate) % 60:02d}" if rate > 0 else "-"
+        share = self._virtual_steps / max(1, self._virtual_steps + self._step)
+        return (
+            f"loss {self._loss:.3f} held-out {self._held_out:.3f}"
+            f" {rate * self._units_per_step:,.0f} {self._unit}/s ETA {eta}"
+            f" virtual {share:.0%} ✓{self._accepted} ✗{self._refused}"
+        )
+
+    def _draw(self) -> None:
+        if self._console.is_terminal:
+            self._bar.update(
+                self._task,
+                completed=self._step,
+                description=f"{self._phase:<7}",
+                numbers=self.numbers(),
+            )
+        elif time.monotonic() - self._last_line_seconds > _LINE_SECONDS:
+            self._last_line_seconds = time.monotonic()
+            self._console.print(
+                f"step {self._step}/{self._total_steps} {self._phase:<7} {self.numbers()}", markup=False
+            )
+
+    def close(self) -> None:
+        if self._console.is_terminal:
+            self._draw()
+            self._bar.stop()

@@ -1,0 +1,135 @@
+"""What is done between real steps when no jump is on probation: evaluate, save, obey the monitor.
+
+Runs on held-out data and on disk, never on weights. Its own state (when is what due, which
+checkpoint is best) travels in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+
+from common.messages import CheckpointRequest, Evaluation, MemoryOrder, Message, OrderDone
+from trainer_node import ledger as purposes
+from trainer_node.checkpoint import Checkpoints
+from trainer_node.loop import Loop
+from trainer_node.step import autocast, mean_loss
+
+
+class Housekeeping:
+    def __init__(self, emit: Callable[[Message], None], checkpoints: Checkpoints | None) -> None:
+        self._emit, self._checkpoints = emit, checkpoints
+        self._next_evaluation_step = 0
+        self._next_checkpoint_step = 0
+        self.first_loss = math.nan
+        self.last_loss = math.nan
+        self.best_loss = math.inf
+
+    def begin(self, loop: Loop) -> None:
+        """Before the first step of a fresh run: the first held-out loss."""
+        settings = loop.settings
+        self._next_evaluation_step = settings.evaluate_every_steps
+        self._next_checkpoint_step = settings.checkpoint.every_steps or settings.steps
+        self.evaluate(loop)
+
+    def __call__(self, loop: Loop) -> None:
+        settings, step = loop.settings, loop.progress.step
+        if step >= self._next_evaluation_step and step < settings.steps:
+            self._next_evaluation_step = step + settings.evaluate_every_steps
+            self.evaluate(loop)
+        if step >= self._next_checkpoint_step and step < settings.steps:
+            self._next_checkpoint_step = step + (settings.checkpoint.every_steps or settings.steps)
+            self.save(loop)
+        for order in loop.links.take_orders():
+            self._obey(loop, order)
+
+    def end(self, loop: Loop, *, emergency: bool) -> None:
+        """The last held-out loss (unless in a hurry) and the last checkpoint."""
+        if not emergency:
+            self.evaluate(loop)
+        self.save(loop, emergency=emergency)
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+
+    def evaluate(self, loop: Loop) -> None:
+        task = loop.task
+        with loop.ledger.span(purposes.EVALUATION):
+            batches = list(task.validation)
+            context = partial(autocast, task.device, loop.settings.precision)
+            loss = mean_loss(task.model, task.loss, batches, context=context)
+            accuracy = None
+            if task.accuracy is not None:
+                accuracy = mean_loss(task.model, task.accuracy, batches, context=context)
+        self.first_loss = loss if math.isnan(self.first_loss) else self.first_loss
+        self.last_loss = loss
+        self._emit(
+            Evaluation(
+                step=loop.progress.step,
+                virtual_steps=loop.ledger.virtual_steps,
+                loss=loss,
+                accuracy=accuracy,
+                train_seconds=loop.ledger.total_seconds,
+            )
+        )
+
+    def save(self, loop: Loop, *, emergency: bool = False) -> None:
+        if self._checkpoints is None:
+            return
+        with loop.ledger.span(purposes.CHECKPOINTS):
+            is_best = self.last_loss < self.best_loss
+            self.best_loss = min(self.best_loss, self.last_loss)
+            written = self._checkpoints.save(loop, self.to_json(), emergency=emergency)
+            if written is not None:
+                self._checkpoints.best_name = written.name if is_best else self._checkpoints.best_name
+                self._emit(written)
+
+    def _obey(self, loop: Loop, order: CheckpointRequest | MemoryOrder) -> None:
+        before = held_bytes(loop.task.device)
+        if isinstance(order, CheckpointRequest):
+            self.save(loop, emergency=order.emergency)
+            detail = f"checkpoint at step {loop.progress.step}: {order.reason}"
+            order_id = order.request_id
+        else:
+            gc.collect()
+            if loop.task.device.type == "cuda":
+                torch.cuda.empty_cache()
+            detail, order_id = f"{order.action}: {order.reason}", order.order_id
+        self._emit(
+            OrderDone(
+                order_id=order_id,
+                bytes_before=before,
+                bytes_after=held_bytes(loop.task.device),
+                detail=detail,
+            )
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "next_evaluation_step": self._next_evaluation_step,
+            "next_checkpoint_step": self._next_checkpoint_step,
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+            "best_loss": self.best_loss,
+            "best_name": self._checkpoints.best_name if self._checkpoints else "",
+        }
+
+    def load(self, values: dict[str, Any]) -> None:
+        self._next_evaluation_step = int(values["next_evaluation_step"])
+        self._next_checkpoint_step = int(values["next_checkpoint_step"])
+        self.first_loss, self.last_loss = float(values["first_loss"]), float(values["last_loss"])
+        self.best_loss = float(values["best_loss"])
+        if self._checkpoints is not None:
+            self._checkpoints.best_name = str(values["best_name"])
+
+
+def held_bytes(device: torch.device) -> int:
+    """Memory this process holds: reserved on the GPU, resident set on CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_reserved(device))
+    return int(psutil.Process().memory_info().rss)

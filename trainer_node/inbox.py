@@ -1,0 +1,135 @@
+"""What comes to the trainer: decisions, vetoes, orders, and whether the predictor lives.
+
+A thread with a connection of its own keeps the newest of everything; the loop only looks, and at a
+decision point waits on a condition for a bounded time. Nothing here raises because a predictor,
+monitor or server is away.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+
+from common.bus import Bus
+from common.clock import Clock
+from common.follower import Follower, decoded
+from common.messages import CheckpointRequest, Heartbeat, MemoryOrder, Message, PhaseDecision, PhaseVeto
+from common.streams import DECISIONS, ORDERS, PREDICTOR, notes_of
+
+_READ_BLOCK_SECONDS = 0.5
+
+
+class Inbox:
+    """The live DecisionSource."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        *,
+        generation: int,
+        silent_seconds: float,
+        stop: threading.Event,
+        clock: Clock,
+        rng: random.Random,
+    ) -> None:
+        """`generation` is the trainer's: decisions for another one are stale on arrival. Raises BusError."""
+        self._generation, self._silent_seconds, self._stop, self._clock = (
+            generation,
+            silent_seconds,
+            stop,
+            clock,
+        )
+        self.stale = 0  # decisions that came for nothing: too late, or for another generation
+        self._follower = Follower(bus, (DECISIONS, ORDERS, notes_of(PREDICTOR)), clock=clock, rng=rng)
+        self._follower.skip_to_end()
+        self._news = threading.Condition()  # guards everything below
+        self._decisions: dict[tuple[int, int], PhaseDecision] = {}  # by (attempt, step)
+        self._asked = (-1, -1)  # the newest decision point that was asked for
+        self._veto: PhaseVeto | None = None
+        self._veto_until_seconds = 0.0
+        self._orders: list[CheckpointRequest | MemoryOrder] = []
+        self._predictor_seen_seconds: float | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="inbox", daemon=True)
+        self._thread.start()
+
+    def wait_decision(self, *, step: int, attempt: int, seconds: float | None) -> PhaseDecision | None:
+        """See links.DecisionSource. A wait ends early when the run is told to stop."""
+        key = (attempt, step)
+        deadline = None if seconds is None else self._clock.monotonic() + seconds
+        with self._news:
+            while key not in self._decisions and not self._stop.is_set():
+                if deadline is None:
+                    if not self._predictor_lives():
+                        break
+                    self._news.wait(_READ_BLOCK_SECONDS)
+                else:
+                    left_seconds = deadline - self._clock.monotonic()
+                    if left_seconds <= 0:
+                        break
+                    self._news.wait(left_seconds)
+            decision = self._decisions.pop(key, None)
+            self._asked = key
+            self.stale += len(self._decisions)
+            self._decisions.clear()
+            return decision
+
+    def wait_for_predictor(self, seconds: float) -> bool:
+        """Wait for a first sign of life: a lockstep run should not begin without its predictor."""
+        with self._news:
+            return self._news.wait_for(
+                lambda: self._predictor_seen_seconds is not None or self._stop.is_set(), seconds
+            )
+
+    def veto(self) -> str | None:
+        with self._news:
+            veto = self._veto
+            in_force = veto is not None and self._clock.monotonic() < self._veto_until_seconds
+            return veto.reason if veto is not None and in_force else None
+
+    def take_orders(self) -> list[CheckpointRequest | MemoryOrder]:
+        with self._news:
+            orders, self._orders = self._orders, []
+            return orders
+
+    @property
+    def resets(self) -> int:
+        """Times the server was found to have lost its data."""
+        return self._follower.resets
+
+    def close(self) -> None:
+        self._closed = True
+        self._thread.join(2 * _READ_BLOCK_SECONDS)
+
+    def _predictor_lives(self) -> bool:
+        seen = self._predictor_seen_seconds
+        return seen is not None and self._clock.monotonic() - seen < self._silent_seconds
+
+    def _run(self) -> None:
+        while not self._closed:
+            for _, message in decoded(self._follower.read(_READ_BLOCK_SECONDS)):
+                self._take(message)
+
+    def _take(self, message: Message) -> None:
+        with self._news:
+            match message:
+                case PhaseDecision():
+                    self._keep(message)
+                    self._predictor_seen_seconds = self._clock.monotonic()
+                case Heartbeat():
+                    self._predictor_seen_seconds = self._clock.monotonic()
+                case PhaseVeto():
+                    self._veto = message if message.active else None
+                    self._veto_until_seconds = self._clock.monotonic() + message.valid_seconds
+                case CheckpointRequest() | MemoryOrder():
+                    self._orders.append(message)
+                case _:
+                    return
+            self._news.notify_all()
+
+    def _keep(self, decision: PhaseDecision) -> None:
+        key = (decision.base_attempt, decision.base_step)  # attempts rise while steps may fall
+        if decision.base_generation != self._generation or key <= self._asked:
+            self.stale += 1
+        else:
+            self._decisions[key] = decision

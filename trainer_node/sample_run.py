@@ -1,0 +1,38 @@
+"""Text from the newest checkpoint of a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from common.errors import UserError
+from trainer_node.checkpoint import load_weights
+from trainer_node.run_folder import newest_checkpoint, open_existing
+from trainer_node.sample import generate
+from trainer_node.tasks import build_model
+
+TOKENIZER = "tokenizer.json"
+
+
+def sample_run(
+    run_dir: Path, *, prompt: str, max_tokens: int, temperature: float, top_k: int, seed: int
+) -> str:
+    """Raises UserError when the run is no language model, CheckpointError without a whole checkpoint."""
+    run, settings = open_existing(run_dir)
+    tokenizer_file = run.path / TOKENIZER
+    if settings.trainer.task != "language" or not tokenizer_file.is_file():
+        raise UserError(
+            f"{run.path}: is not a language model; train one with `trainer-node up --preset nano`"
+        )
+    folder, _ = newest_checkpoint(run, with_predictor=False)
+    model = build_model(settings.trainer, torch.device("cpu"))
+    load_weights(folder, model)
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise UserError(f"{tokenizer_file}: is damaged ({error}); copy it from the data cache") from None
+    return generate(
+        model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
+    )
