@@ -1,0 +1,135 @@
+"""A small decoder: the model of the language task.
+
+Pre-norm blocks with RMSNorm, rotary positions (Su et al. 2021, halves form), causal
+`scaled_dot_product_attention`, MLP with ReLU^2 (So et al. 2021, Primer), no biases. Names follow the
+parameter groups: `embedding`, `blocks.3.attention.query`, `blocks.3.mlp.up`, `final_norm`, `head`.
+Initial weights are normal with std 0.02 (GPT-2), and 0.02 / sqrt(2 layers) where a block writes
+into the residual stream, so the first loss is ln(vocabulary) within 2 %.
+Owns no data, no optimizer and no device.
+
+B sequences, T tokens, D width, H heads, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.settings import ModelSettings
+
+INIT_STD = 0.02
+ROTARY_BASE = 10_000.0
+
+
+class GPT(nn.Module):
+    cosine_TR: Tensor
+    sine_TR: Tensor
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        width, vocabulary_size = settings.width, settings.vocabulary_size
+        self.settings = settings
+        self.embedding = nn.Embedding(vocabulary_size, width)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
+        self.final_norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, vocabulary_size, bias=False)
+        cosine_TR, sine_TR = rotary_table(settings.context_tokens, width // settings.heads)
+        self.register_buffer("cosine_TR", cosine_TR, persistent=False)
+        self.register_buffer("sine_TR", sine_TR, persistent=False)
+        self._initialize()
+        if settings.tied_head:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) float32, or with targets the mean loss () in nats per token.
+
+        Inputs and targets are int64 in [0, V); T is at most the context.
+        """
+        length = inputs_BT.shape[1]
+        assert length <= self.settings.context_tokens, f"{length} tokens do not fit into the context"
+        rotary = self.cosine_TR[:length], self.sine_TR[:length]
+        stream_BTD = self.dropout(self.embedding(inputs_BT))
+        for block in self.blocks:
+            stream_BTD = block(stream_BTD, rotary)
+        logits_BTV = self.head(self.final_norm(stream_BTD)).float()
+        if targets_BT is None:
+            return logits_BTV
+        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        residual_std = INIT_STD / (2 * self.settings.layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                writes_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
+                parameter.normal_(std=residual_std if writes_residual else INIT_STD)
+
+
+class Block(nn.Module):
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(settings.width)
+        self.attention = Attention(settings)
+        self.mlp_norm = nn.RMSNorm(settings.width)
+        self.mlp = MLP(settings)
+
+    def forward(self, stream_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        stream_BTD = stream_BTD + self.attention(self.attention_norm(stream_BTD), rotary)
+        return stream_BTD + self.mlp(self.mlp_norm(stream_BTD))
+
+
+class Attention(nn.Module):
+    """Query, key and value are three matrices, because Muon orthogonalises each by itself."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        width = settings.width
+        self.heads, self.dropout = settings.heads, settings.dropout
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+
+    def forward(self, normed_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        batch, length, width = normed_BTD.shape
+        shape = (batch, length, self.heads, width // self.heads)
+        query_BHTR = self.query(normed_BTD).view(shape).transpose(1, 2)
+        key_BHTR = self.key(normed_BTD).view(shape).transpose(1, 2)
+        value_BHTR = self.value(normed_BTD).view(shape).transpose(1, 2)
+        mixed_BHTR = F.scaled_dot_product_attention(
+            rotate(query_BHTR, rotary),
+            rotate(key_BHTR, rotary),
+            value_BHTR,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+        )
+        return self.output(mixed_BHTR.transpose(1, 2).reshape(batch, length, width))
+
+
+class MLP(nn.Module):
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.up = nn.Linear(settings.width, 4 * settings.width, bias=False)
+        self.down = nn.Linear(4 * settings.width, settings.width, bias=False)
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def forward(self, normed_BTD: Tensor) -> Tensor:
+        return self.dropout(self.down(F.relu(self.up(normed_BTD)).square()))
+
+
+def rotary_table(context_tokens: int, head_width: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each (T, head_width // 2) float32."""
+    half = head_width // 2
+    speed_R = ROTARY_BASE ** (-torch.arange(half, dtype=torch.float32) / max(1, half))
+    angle_TR = torch.arange(context_tokens, dtype=torch.float32)[:, None] * speed_R
+    return angle_TR.cos(), angle_TR.sin()
+
+
+def rotate(heads_BHTR: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn channel pairs (i, i + half) by their position's angle; an odd last channel stays."""
+    cosine_TR, sine_TR = (table.to(heads_BHTR.dtype) for table in rotary)
+    half = cosine_TR.shape[-1]
+    first, second, rest = heads_BHTR.split((half, half, heads_BHTR.shape[-1] - 2 * half), dim=-1)
+    return torch.cat(
+        (first * cosine_TR - second * sine_TR, second * cosine_TR + first * sine_TR, rest), dim=-1
+    )

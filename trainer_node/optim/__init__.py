@@ -1,0 +1,1 @@
+"""Base optimizers, their schedules, and the direction of their momentum."""

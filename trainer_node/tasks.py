@@ -1,0 +1,137 @@
+"""The two built-in tasks. A Task is everything the loop knows of what is being learned.
+
+language: a GPT on the user's text. digits: a CNN on scikit-learn's 8 x 8 digits, so that nothing in the
+loop assumes text. Builds models and data from settings; initial weights come from `settings.seed`
+and leave torch's global random state alone. Trains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.settings import TrainerSettings
+from trainer_node.corpus import collect
+from trainer_node.data import Batch, HeldOutText, ImageBatches, TextBatches, TrainBatches, place
+from trainer_node.model.cnn import DigitsCNN
+from trainer_node.model.gpt import GPT
+from trainer_node.tokens import prepare_tokens
+
+DIGITS_SPLIT_SEED = 0  # the held-out digits are the same in every run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    name: str
+    description: str  # one line for people
+    device: torch.device
+    model: nn.Module
+    loss: Callable[[Batch], Tensor]  # mean of a micro-batch, () nats per unit of prediction
+    accuracy: Callable[[Batch], Tensor] | None  # () share of right answers in [0, 1]
+    train: TrainBatches
+    validation: Sequence[Batch]  # fixed held-out batches of equal size
+    unit: str  # what units_per_step counts: "tokens" or "images"
+    units_per_step: int
+    tokenizer_path: Path | None
+
+
+def build_task(settings: TrainerSettings, device: torch.device) -> Task:
+    """Raises DataError for the user's data, EnvironmentFault for the disk."""
+    return language_task(settings, device) if settings.task == "language" else digits_task(settings, device)
+
+
+def build_model(settings: TrainerSettings, device: torch.device) -> nn.Module:
+    """Freshly initialised; its shapes depend on the settings alone, never on the data."""
+    kind = GPT if settings.task == "language" else DigitsCNN
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = kind(settings.model)
+    return model.to(device)
+
+
+def language_task(settings: TrainerSettings, device: torch.device) -> Task:
+    data, batch, context = settings.data, settings.batch, settings.model.context_tokens
+    corpus = collect(data.path, data.suffixes, data.max_bytes)
+    tokens = prepare_tokens(
+        corpus,
+        vocabulary_size=settings.model.vocabulary_size,
+        cache_dir=data.cache_dir,
+        validation_share=data.validation_share,
+    )
+    model = _compiled(build_model(settings, device), settings, device)
+    train, held_out = tokens.sidecar.train, tokens.sidecar.validation
+    return Task(
+        name="language",
+        description=f"{corpus.source}: {train.documents} files, {train.tokens:,} tokens;"
+        f" held out: {held_out.documents} files, {held_out.tokens:,} tokens",
+        device=device,
+        model=model,
+        loss=lambda batch: model(batch.inputs, batch.targets),
+        accuracy=None,
+        train=TextBatches(
+            tokens.train,
+            sequences=batch.sequences,
+            context_tokens=context,
+            seed=settings.seed,
+            guard_batches=settings.verify.guard_batches,
+            device=device,
+        ),
+        validation=HeldOutText(
+            tokens.validation,
+            sequences=batch.sequences,
+            context_tokens=context,
+            batches=settings.evaluation_batches,
+            device=device,
+        ),
+        unit="tokens",
+        units_per_step=batch.sequences * batch.accumulation * context,
+        tokenizer_path=tokens.tokenizer_path,
+    )
+
+
+def digits_task(settings: TrainerSettings, device: torch.device) -> Task:
+    """All held-out images are one batch; `evaluation_batches` and the text settings do not apply."""
+    images, labels = _load_digits()
+    order = np.random.default_rng(DIGITS_SPLIT_SEED).permutation(len(images))
+    held = order[: max(1, round(settings.data.validation_share * len(images)))]
+    kept = order[len(held) :]
+    model = _compiled(build_model(settings, device), settings, device)
+    return Task(
+        name="digits",
+        description=f"scikit-learn's digits: {len(kept)} images; held out: {len(held)}",
+        device=device,
+        model=model,
+        loss=lambda batch: model(batch.inputs, batch.targets),
+        accuracy=lambda batch: (model(batch.inputs).argmax(-1) == batch.targets).float().mean(),
+        train=ImageBatches(
+            images[kept],
+            labels[kept],
+            sequences=settings.batch.sequences,
+            seed=settings.seed,
+            guard_batches=settings.verify.guard_batches,
+            device=device,
+        ),
+        validation=(Batch(place(images[held], device), place(labels[held], device)),),
+        unit="images",
+        units_per_step=settings.batch.sequences * settings.batch.accumulation,
+        tokenizer_path=None,
+    )
+
+
+def _load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images (1797, 1, 8, 8) float32 in [0, 1] and labels (1797,) int64."""
+    from sklearn.datasets import load_digits  # a second of import that the language task need not pay
+
+    bunch = load_digits()
+    return (bunch.images[:, None] / 16.0).astype(np.float32), bunch.target.astype(np.int64)
+
+
+def _compiled(model: nn.Module, settings: TrainerSettings, device: torch.device) -> nn.Module:
+    if settings.compile and device.type == "cuda":
+        model.compile()  # in place: the parameters keep their names
+    return model
