@@ -39,6 +39,7 @@ class ModelSettings:
         1024, "BPE vocabulary; at least 257 (256 bytes and <end>)", low=257, high=1 << 18
     )
     dropout: float = setting(0.0, "dropout probability in training", low=0.0, high=0.9)
+    tied_head: bool = setting(False, "output head shares the embedding's weights, as in GPT-2")
     channels: int = setting(16, "channels of the first convolution (digits task)", low=1, high=1024)
 
 
