@@ -1,0 +1,4 @@
+from predictor_node.cli import main
+
+if __name__ == "__main__":
+    main()

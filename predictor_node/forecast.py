@@ -1,0 +1,86 @@
+"""Where the training loss will be at the end of probation: a least-squares fit of its recent curve.
+
+    loss(step) = a + b * sqrt(step)      over the newest two windows
+
+Measured 2026-11-20 on synthetic curves (power laws with exponents 0.5 and 0.35, an exponential;
+noise 0.02 and 0.08 nats; 32 and 48 points, 16 steps ahead): the root beat a straight line in all
+12 cases (r.m.s. error 2 to 35 % lower) and its errors were 1.0 to 1.8 stated spreads; log(step)
+was better on power laws, worse on the exponential.
+`math.fsum` and `math.sqrt` are correctly rounded everywhere, numpy's sums are not: a recording
+must replay to the same bytes on another machine, so this is plain Python.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.messages import Forecast
+from predictor_node.history import Row
+
+MIN_POINTS = 4  # two for the curve, two degrees of freedom for its spread
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossCurve:
+    """A fitted curve. Losses in nats."""
+
+    mean_root: float  # mean of sqrt(step)
+    mean_loss: float
+    slope: float  # nats per unit of sqrt(step)
+    root_sum_squares: float  # of sqrt(step) about its mean
+    residual_variance: float  # nats squared
+    num_points: int
+
+    def loss_at(self, step: float) -> float:
+        return self.mean_loss + self.slope * (math.sqrt(step) - self.mean_root)
+
+    def slope_at(self, step: float) -> float:
+        """Nats per step."""
+        return self.slope / (2.0 * math.sqrt(step))
+
+    def spread_at(self, step: float) -> float:
+        """Standard error of the curve itself there, that of its slope included; not of one noisy step."""
+        distance = math.sqrt(step) - self.mean_root
+        share = 1.0 / self.num_points + distance * distance / self.root_sum_squares
+        return math.sqrt(self.residual_variance * share)
+
+
+def fit_loss_curve(rows: Sequence[Row]) -> LossCurve | None:
+    """None with fewer than MIN_POINTS rows or a loss that is not finite."""
+    losses = [row.loss for row in rows]
+    count = len(losses)
+    if count < MIN_POINTS or not all(map(math.isfinite, losses)):
+        return None
+    roots = [math.sqrt(row.step) for row in rows]
+    mean_root, mean_loss = math.fsum(roots) / count, math.fsum(losses) / count
+    offsets = [root - mean_root for root in roots]
+    root_sum_squares = math.fsum([offset * offset for offset in offsets])
+    pairs = list(zip(offsets, losses, strict=True))
+    slope = math.fsum([offset * (loss - mean_loss) for offset, loss in pairs]) / root_sum_squares
+    residuals = [loss - mean_loss - slope * offset for offset, loss in pairs]
+    return LossCurve(
+        mean_root=mean_root,
+        mean_loss=mean_loss,
+        slope=slope,
+        root_sum_squares=root_sum_squares,
+        residual_variance=math.fsum([residual * residual for residual in residuals]) / (count - 2),
+        num_points=count,
+    )
+
+
+def forecast_at(curve: LossCurve, *, end_step: int, gained_steps: float) -> Forecast:
+    """Forecast for `end_step`, the last step of probation.
+
+    `gained_steps` are the steps that the jump is trusted to replace (horizon times gain; 0 when
+    resting). The fit knows nothing better about a jump than that it moves the run that far along
+    its own curve, so `loss` is `loss_without` plus `gained_steps` times the slope there. That is
+    an assumption, not a measurement: a learned policy replaces it.
+    """
+    loss_without = curve.loss_at(end_step)
+    return Forecast(
+        loss=loss_without + gained_steps * curve.slope_at(end_step),
+        loss_without=loss_without,
+        spread=curve.spread_at(end_step),
+    )

@@ -1,0 +1,238 @@
+"""The predictor without a process around it: one entry of `history` in, messages out.
+
+Owns what was learned and when it is saved. Never reads a clock: what it answers depends only on
+the entries, in their order, and on the state it started from. Idempotent: an entry at or below
+`applied` is ignored, so is a step or an outcome that is known. A handler that raises changes
+nothing. Never touches weights and never reads the held-out loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from common import features
+from common.bus import STREAM_START, EntryId
+from common.config import settings_from_toml
+from common.errors import CheckpointError, EnvironmentFault
+from common.messages import (
+    Alert,
+    CheckpointWritten,
+    DecisionPoint,
+    Message,
+    Observation,
+    Outcome,
+    Phase,
+    RunEnded,
+    RunStarted,
+)
+from common.settings import RunSettings
+from common.streams import PREDICTOR
+from predictor_node.history import History
+from predictor_node.policy import DecisionInput, FixedPolicy, Policy, rest
+from predictor_node.state import Learned, RunFacts, SavedState, StateStore
+
+STATE_LOST = "predictor_state_lost"  # kind of the alert
+NOTHING_LEARNED = Learned(history=History(), policy={}, counters={}, last_outcome_id="")
+
+
+class Predictor:
+    """Handles the `history` stream of one run. `store` keeps its checkpoints."""
+
+    def __init__(self, store: StateStore) -> None:
+        self._store = store
+        self._facts: RunFacts | None = None
+        self._settings: RunSettings | None = None
+        self._policy: Policy | None = None
+        self._history = History()
+        self._counters: Mapping[str, int] = {}
+        self._last_outcome_id = ""
+        self.applied: EntryId = STREAM_START
+        self.lost_entries = 0  # holes in the entry ids; not part of the state
+        self.saved = STREAM_START  # last entry that is in a saved state
+        self.ended: EntryId | None = None  # the newest RunEnded, until a run starts again
+
+    @property
+    def last_step(self) -> int:
+        last = self._history.last
+        return last.step if last else 0
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What was done since the run began, by name."""
+        return {
+            **self._counters,
+            "missing_steps": self._history.missing_steps,
+            "repeats": self._history.repeats,
+            "lost_entries": self.lost_entries,
+        }
+
+    def restore(self, state: SavedState) -> None:
+        """Go on behind the last entry that `state` has seen. Raises CheckpointError, SettingsError."""
+        self._adopt(state.facts, state.learned)
+        self.applied = self.saved = state.applied
+
+    def handle(self, message: Message, entry_id: EntryId) -> list[Message]:
+        """Answers to one entry, in order. Messages of other streams are ignored."""
+        if entry_id <= self.applied:
+            return []
+        answers: list[Message] = []
+        match message:
+            case RunStarted():
+                answers = self.on_run_started(message)
+            case Observation():
+                answers = self.on_observation(message, entry_id.generation)
+            case Outcome():
+                self.on_outcome(message)
+            case CheckpointWritten():
+                answers = self.on_checkpoint_written(message, entry_id)
+            case RunEnded():
+                self.on_run_ended(entry_id)
+        first = entry_id.generation > self.applied.generation
+        self.lost_entries += entry_id.sequence - (1 if first else self.applied.sequence + 1)
+        self.applied = entry_id
+        return answers
+
+    def on_run_started(self, message: RunStarted) -> list[Message]:
+        if self._facts and self._facts.generation == message.generation:
+            return []  # said again, e.g. to a server that lost its data
+        facts = RunFacts(
+            run_id=message.run_id,
+            generation=message.generation,
+            feature_version=message.feature_version,
+            directions=message.directions,
+            num_groups=len(message.groups),
+            settings_toml=message.settings_toml,
+        )
+        alerts = _version_alerts(message)
+        try:
+            self._adopt(facts, self._resumed(message) if message.resumed_from else NOTHING_LEARNED)
+        except CheckpointError as error:
+            alerts.append(_state_lost(message, error))
+            self._adopt(facts, NOTHING_LEARNED)
+        self.ended = None
+        return alerts
+
+    def on_observation(self, message: Observation, generation: int) -> list[Message]:
+        history = self._history.append(message) if self._features_fit(message) else self._history
+        if self._history.is_repeat(message):
+            self._history = history
+            return []
+        answers: list[Message] = []
+        if history.missing_steps > self._history.missing_steps:
+            answers.append(_gap(message, history.missing_steps - self._history.missing_steps))
+        if message.decision_point is not None and message.phase is Phase.FULL:
+            answers.append(self._decide(message, message.decision_point, generation, history))
+        self._history = history
+        return answers
+
+    def on_outcome(self, message: Outcome) -> None:
+        if message.decision_id != self._last_outcome_id:
+            self._count(message.verdict.value)
+            self._last_outcome_id = message.decision_id
+
+    def on_checkpoint_written(self, message: CheckpointWritten, entry_id: EntryId) -> list[Message]:
+        if self._facts is None or self._settings is None:
+            return []
+        state = SavedState(name=message.name, applied=entry_id, facts=self._facts, learned=self.learned)
+        try:
+            self._store.save(state, keep=self._settings.trainer.checkpoint.keep)
+        except (EnvironmentFault, CheckpointError) as error:
+            text = f"the predictor's state was not saved ({error}); a resume from {message.name} relearns it"
+            return [_alert("error", "predictor_save_failed", text, message.step)]
+        self.saved = entry_id
+        return []
+
+    def on_run_ended(self, entry_id: EntryId) -> None:
+        self.ended = entry_id
+
+    @property
+    def learned(self) -> Learned:
+        """A snapshot; shares nothing that changes."""
+        return Learned(
+            history=self._history,
+            policy=self._policy.state() if self._policy else {},
+            counters=self._counters,
+            last_outcome_id=self._last_outcome_id,
+        )
+
+    def _features_fit(self, message: Observation) -> bool:
+        fits = self._facts is not None and self._facts.feature_version == features.VERSION
+        return fits and len(message.features) == len(features.NAMES)
+
+    def _adopt(self, facts: RunFacts, learned: Learned) -> None:
+        settings = settings_from_toml(facts.settings_toml)
+        policy = _policy_for(settings)
+        if learned.policy:
+            policy.load(learned.policy)
+        self._facts, self._settings, self._policy = facts, settings, policy
+        self._history, self._counters = learned.history, learned.counters
+        self._last_outcome_id = learned.last_outcome_id
+
+    def _resumed(self, message: RunStarted) -> Learned:
+        """What was learned up to the checkpoint that the trainer goes on from."""
+        state = self._store.load(message.resumed_from)
+        if state.facts.run_id != message.run_id:
+            raise CheckpointError(f"{message.resumed_from} belongs to run {state.facts.run_id}")
+        if state.facts.feature_version != message.feature_version:
+            raise CheckpointError(f"{message.resumed_from} has feature version {state.facts.feature_version}")
+        return replace(state.learned, history=state.learned.history.resume_at(message.first_step))
+
+    def _decide(
+        self, message: Observation, point: DecisionPoint, generation: int, history: History
+    ) -> Message:
+        facts = self._facts
+        decision_input = DecisionInput(
+            observation=message,
+            point=point,
+            generation=generation,
+            history=history,
+            num_groups=facts.num_groups if facts else len(message.gradient_norms),
+            directions=facts.directions if facts else (),
+        )
+        if self._policy is None:
+            return rest(decision_input, reason="the start of this run was not seen", forecast=None)
+        if not self._features_fit(message):
+            return rest(decision_input, reason="features of another version", forecast=None)
+        decision = self._policy.decide(decision_input)
+        self._count("proposals" if decision.phase is Phase.PREDICT else "rests")
+        return decision
+
+    def _count(self, name: str) -> None:
+        # A new dict: the heartbeat thread may be reading the old one.
+        self._counters = {**self._counters, name: self._counters.get(name, 0) + 1}
+
+
+def _policy_for(settings: RunSettings) -> Policy:
+    """The policy that `predictor.policy` names; so far there is one."""
+    return FixedPolicy(settings)
+
+
+def _alert(severity: str, kind: str, text: str, step: int) -> Alert:
+    return Alert(node=PREDICTOR, severity=severity, kind=kind, text=text, step=step)
+
+
+def _version_alerts(message: RunStarted) -> list[Message]:
+    if message.feature_version == features.VERSION:
+        return []
+    text = (
+        f"the trainer sends features of version {message.feature_version}, this predictor knows"
+        f" {features.VERSION}: it rests; install the same release on both"
+    )
+    return [_alert("error", "feature_version", text, message.first_step)]
+
+
+def _state_lost(message: RunStarted, error: CheckpointError) -> Alert:
+    text = (
+        f"the predictor has no valid state for {message.resumed_from} ({error}): it starts afresh,"
+        " rests for a window, and its later decisions differ from those of an unbroken run"
+    )
+    return _alert("warning", STATE_LOST, text, message.first_step)
+
+
+def _gap(message: Observation, missing_steps: int) -> Alert:
+    text = (
+        f"{missing_steps} steps before step {message.step} never arrived:"
+        " no proposals until a window without a hole"
+    )
+    return _alert("warning", "history_gap", text, message.step)
