@@ -60,6 +60,23 @@ def dump_settings(settings: RunSettings) -> str:
     return tomli_w.dumps(_plain(settings))
 
 
+def setting_rows(cls: type = RunSettings, path: str = "") -> list[tuple[str, str, str]]:
+    """(key, default, meaning with its range) of every setting, in the order of the file."""
+    rows: list[tuple[str, str, str]] = []
+    for field in dataclasses.fields(cls):
+        metadata = field.metadata
+        if "table" in metadata:
+            rows += setting_rows(metadata["table"], f"{path}{field.name}.")
+            continue
+        low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
+        limits = (
+            f" [{', '.join(choices)}]" if choices else f" [{low:g} to {high:g}]" if low is not None else ""
+        )
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        rows.append((f"{path}{field.name}", str(default), metadata["doc"] + limits))
+    return rows
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}

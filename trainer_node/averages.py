@@ -43,7 +43,7 @@ class Averages(Protocol):
         """All state by name, for checkpoints."""
 
     def moving_tensors(self) -> list[Tensor]:
-        """The part that real steps change: what a snapshot must hold."""
+        """What a snapshot must hold. The drift need not be there: a window begins after a restore."""
 
 
 def make_averages(
@@ -76,7 +76,8 @@ class ExactAverages:
     @torch.no_grad()
     def end_window(self) -> None:
         for slow, average, start in zip(self._slow, self._average, self._window_start, strict=True):
-            slow.mul_(self._slow_momentum).add_(average).sub_(start)
+            # The difference first: added to an average, a small drift would lose its last bits.
+            slow.mul_(self._slow_momentum).add_(average - start)
 
     def drift(self, index: int) -> Tensor:
         return self._average[index] - self._window_start[index]

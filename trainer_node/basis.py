@@ -161,9 +161,10 @@ class WeightSample:
         for group_index, group in enumerate(groups):
             sizes = [p.numel() for p in group.parameters]
             total = sum(sizes)
-            chosen = np.arange(total)
             if total > sample_size:
                 chosen = np.sort(rng.choice(total, sample_size, replace=False))
+            else:
+                chosen = np.arange(total)
             inflation.append(total / len(chosen))
             starts = np.cumsum([0, *sizes])
             for start, end, parameter in zip(starts[:-1], starts[1:], group.parameters, strict=True):

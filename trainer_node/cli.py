@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from common.command import run_command
-from common.config import dump_settings, load_settings, preset_names
+from common.config import dump_settings, load_settings, preset_names, setting_rows
 from common.errors import SettingsError
 from common.parent import stop_on_signals, stop_when_parent_goes
 from common.settings import RunSettings
@@ -205,6 +205,18 @@ def presets(name: str | None) -> None:
             f"{known:<12} {settings.task}, {settings.steps} steps, {settings.optimizer.name},"
             f" {settings.precision}, device {settings.device}"
         )
+
+
+@cli.command("settings")
+def list_settings() -> None:
+    """List every setting: key, default, meaning.
+
+    \b
+    Example:
+      trainer-node settings | grep optimizer
+    """
+    for name, default, meaning in setting_rows():
+        click.echo(f"{name:<38} {default:<18} {meaning}")
 
 
 def main() -> None:

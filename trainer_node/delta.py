@@ -35,9 +35,11 @@ def apply_delta(basis: Basis, coefficients_GK: Tensor) -> AppliedDelta:
     square = torch.zeros((), dtype=torch.float32, device=basis.parameters[0].device)
     sample_Gm = basis.empty_sample()
     for index, directions in basis.directions(with_momentum=with_momentum):
-        parameter = basis.parameters[index]
+        parameter, row = basis.parameters[index], rows[basis.group_of[index]]
+        if not any(row):
+            continue  # not even a zero is added: it would make +0.0 of a weight that is -0.0
         delta = torch.zeros_like(parameter)
-        for coefficient, direction in zip(rows[basis.group_of[index]], directions, strict=True):
+        for coefficient, direction in zip(row, directions, strict=True):
             if coefficient != 0.0:
                 delta.add_(direction, alpha=coefficient)
         parameter.add_(delta)

@@ -105,7 +105,7 @@ def note_outcome(state: FeatureState, outcome: Outcome, *, window_steps: int, st
     gain = outcome.loss_forecast - outcome.loss_end
     finite = math.isfinite(gain) and 0 < outcome.loss_spread < math.inf
     state.last_gain_spreads = max(-100.0, min(100.0, gain / outcome.loss_spread)) if finite else 0.0
-    state.last_delta_norm = outcome.delta_norm
+    state.last_delta_norm = outcome.delta_norm if math.isfinite(outcome.delta_norm) else 0.0
     state.last_cosine = outcome.delta_cosine if math.isfinite(outcome.delta_cosine) else 0.0
     state.guard_loss = outcome.loss_end if kept else outcome.loss_before
     state.virtual_steps += outcome.horizon_steps if kept else 0
@@ -122,13 +122,14 @@ def featurize(
     """Update the state with one step and return the (F,) vector in the order of common.features."""
     previous_loss = state.losses.values[-1] if state.losses.values else loss
     _push(state, facts, loss=loss, gradient_norm=gradient_norm, clip_scale=clip_scale)
-    values = {
-        **_loss_features(state, loss, previous_loss),
-        **_gradient_features(state, gradient_norm, clip_scale),
-        **_schedule_features(state, facts),
-        **_cost_features(state, facts),
-        **_jump_features(state, facts, loss),
-    }
+    with np.errstate(invalid="ignore"):  # an infinite loss is told in numbers, not in warnings
+        values = {
+            **_loss_features(state, loss, previous_loss),
+            **_gradient_features(state, gradient_norm, clip_scale),
+            **_schedule_features(state, facts),
+            **_cost_features(state, facts),
+            **_jump_features(state, facts, loss),
+        }
     return tuple(float(values[name]) for name in NAMES)
 
 

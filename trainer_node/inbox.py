@@ -13,8 +13,16 @@ import threading
 from common.bus import Bus
 from common.clock import Clock
 from common.follower import Follower, decoded
-from common.messages import CheckpointRequest, Heartbeat, MemoryOrder, Message, PhaseDecision, PhaseVeto
-from common.streams import DECISIONS, ORDERS, PREDICTOR, notes_of
+from common.messages import (
+    CheckpointRequest,
+    DeadLetter,
+    Heartbeat,
+    MemoryOrder,
+    Message,
+    PhaseDecision,
+    PhaseVeto,
+)
+from common.streams import DECISIONS, HISTORY, ORDERS, PREDICTOR, notes_of
 
 _READ_BLOCK_SECONDS = 0.5
 
@@ -49,6 +57,7 @@ class Inbox:
         self._veto_until_seconds = 0.0
         self._orders: list[CheckpointRequest | MemoryOrder] = []
         self._predictor_seen_seconds: float | None = None
+        self._gave_up = False
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="inbox", daemon=True)
         self._thread.start()
@@ -60,7 +69,8 @@ class Inbox:
         with self._news:
             while key not in self._decisions and not self._stop.is_set():
                 if deadline is None:
-                    if not self._predictor_lives():
+                    if self._gave_up or not self._predictor_lives():
+                        self._gave_up = False
                         break
                     self._news.wait(_READ_BLOCK_SECONDS)
                 else:
@@ -116,6 +126,8 @@ class Inbox:
                 case PhaseDecision():
                     self._keep(message)
                     self._predictor_seen_seconds = self._clock.monotonic()
+                case DeadLetter(stream=stream) if stream == HISTORY:
+                    self._gave_up = True  # the predictor could not read the point that is waited for
                 case Heartbeat():
                     self._predictor_seen_seconds = self._clock.monotonic()
                 case PhaseVeto():

@@ -64,7 +64,7 @@ def run_trainer(job: TrainerJob, stop: threading.Event) -> int:
         node = _Connection(job, open_things, stop, start_from)
         links = node.links(recorded)
         if start_from is None:
-            run_folder.create(job.run.path.parent, job.run.run_id, job.settings)
+            run_folder.create(job.run.path.parent, job.run.run_id, job.settings, again=job.resume)
         checkpoints = Checkpoints(
             job.run.trainer_checkpoints, keep=job.settings.trainer.checkpoint.keep, on_failure=node.alarm
         )

@@ -18,6 +18,7 @@ from trainer_node.jump import Before
 from trainer_node.optim.schedule import decay_start_step
 from trainer_node.phases import PhaseRules, PhaseState, first_state
 from trainer_node.tasks import Task
+from trainer_node.verify import MIN_FIT_POINTS
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Progress:
     attempt: int
     phase: PhaseState
     features: FeatureState
-    recent_losses: deque[float]  # of the last two windows, for the no-jump forecast
+    recent_losses: deque[float]  # of the last two windows or more, for the no-jump forecast
 
     def copy(self) -> Progress:
         return replace(self, features=self.features.copy(), recent_losses=self.recent_losses.copy())
@@ -42,7 +43,7 @@ class Progress:
 
 
 def first_progress(rules: PhaseRules) -> Progress:
-    return Progress(0, 0, first_state(rules), FeatureState(), deque(maxlen=2 * rules.window_steps))
+    return Progress(0, 0, first_state(rules), FeatureState(), deque(maxlen=_recent_steps(rules)))
 
 
 def progress_from_json(values: dict, rules: PhaseRules) -> Progress:
@@ -52,8 +53,13 @@ def progress_from_json(values: dict, rules: PhaseRules) -> Progress:
         attempt=values["attempt"],
         phase=PhaseState(**{**phase, "phase": Phase(phase["phase"])}),
         features=FeatureState.from_json(values["features"]),
-        recent_losses=deque(values["recent_losses"], maxlen=2 * rules.window_steps),
+        recent_losses=deque(values["recent_losses"], maxlen=_recent_steps(rules)),
     )
+
+
+def _recent_steps(rules: PhaseRules) -> int:
+    # Below MIN_FIT_POINTS there is no forecast, and without one every jump that is no ruin would pass.
+    return max(2 * rules.window_steps, MIN_FIT_POINTS)
 
 
 def step_facts(
@@ -95,6 +101,7 @@ def step_facts(
 def before_jump(progress: Progress, waiting_seconds: float) -> Before:
     losses = list(progress.recent_losses)
     changes = [later - earlier for earlier, later in itertools.pairwise(losses)]
+    changes = [change for change in changes if math.isfinite(change)]  # pstdev raises on others
     return Before(
         attempt=progress.attempt,
         recent_losses=losses,

@@ -79,11 +79,14 @@ def check_run_id(run_id: str) -> None:
         )
 
 
-def create(runs_dir: Path, run_id: str, settings: RunSettings) -> RunFolder:
-    """A new folder with config.toml. Raises UserError if it was used, EnvironmentFault if not writable."""
+def create(runs_dir: Path, run_id: str, settings: RunSettings, *, again: bool = False) -> RunFolder:
+    """A new folder with config.toml. Raises UserError if it was used, EnvironmentFault if not writable.
+
+    With `again` a run that ended before its first checkpoint may be started anew in its folder.
+    """
     check_run_id(run_id)
     run = RunFolder(runs_dir / run_id)
-    if run.is_used:
+    if run.is_used and not again:
         raise UserError(
             f"{run.path} holds a run already: choose another --run-id,"
             f" or go on with `trainer-node resume {run.path}`"

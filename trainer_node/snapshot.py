@@ -114,6 +114,8 @@ class Snapshot:
         extra: Sequence[Tensor],
     ) -> None:
         self._store = store
+        # Entries as they are: one that an optimizer makes later must be gone after a restore.
+        self._states = [(o, {p: dict(entries) for p, entries in o.state.items()}) for o in optimizers]
         self._tensors = [p.detach() for p in parameters] + optimizer_tensors(optimizers) + list(extra)
         self._random = random_state(self._tensors[0].device)
         self._fingerprint = fingerprint(self._tensors)
@@ -122,6 +124,9 @@ class Snapshot:
     @torch.no_grad()
     def restore(self) -> None:
         """Raises EnvironmentFault if a single bit differs afterwards: training must not go on then."""
+        for optimizer, states in self._states:
+            optimizer.state.clear()
+            optimizer.state.update({p: dict(entries) for p, entries in states.items()})
         self._store.load_into(self._tensors)
         set_random_state(self._random, self._tensors[0].device)
         found = fingerprint(self._tensors)

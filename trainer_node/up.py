@@ -101,7 +101,9 @@ class Nodes:
         monitor = ["-m", "monitor_node", "serve", *common, "--record", str(run.recording)]
         if self.settings.monitor.http:
             monitor += ["--http", self.settings.monitor.http, "--address-file", str(self.page_address)]
-        predictor = ["-m", "predictor_node", "serve", *common, "--state-dir", str(run.predictor_checkpoints)]
+        beat = ["--heartbeat-seconds", str(self.settings.monitor.heartbeat_seconds)]
+        predictor = ["-m", "predictor_node", "serve", *common, *beat]
+        predictor += ["--state-dir", str(run.predictor_checkpoints)]
         self.helpers = [Child("monitor", monitor, run.logs / "monitor.log")]
         if self.settings.predictor.enabled:
             self.helpers.append(Child("predictor", predictor, run.logs / "predictor.log"))

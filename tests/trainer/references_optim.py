@@ -42,7 +42,7 @@ def slow_adam_direction(gradients, *, rate, beta1, beta2, eps=1e-8):
     return -rate * first_hat / (math.sqrt(second_hat) + eps)
 
 
-def slow_muon_direction(gradients, *, rate, momentum):
+def slow_muon_direction(gradients, *, rate, momentum, scaling):
     """Newton-Schulz of the averaged gradient in float64 (torch works in bfloat16)."""
     average = np.zeros_like(gradients[0], dtype=np.float64)
     for gradient in gradients:
@@ -56,7 +56,11 @@ def slow_muon_direction(gradients, *, rate, momentum):
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     if rows > columns:
         x = x.T
-    return -rate * math.sqrt(max(1.0, rows / columns)) * x
+    factors = {
+        "original": math.sqrt(max(1.0, rows / columns)),
+        "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
+    }
+    return -rate * factors[scaling] * x
 
 
 def slow_sgd_direction(gradients, *, rate, momentum):

@@ -7,7 +7,6 @@ groups; hidden matrices, so Muon has work. No loop, no phases: a test drives the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from trainer_node.basis import Basis
 from trainer_node.fingerprint import fingerprint
 from trainer_node.groups import ParameterGroup, parameter_groups
 from trainer_node.optim.build import build_optimizers, set_rates
-from trainer_node.snapshot import DiskStore, MemoryStore, TensorStore, optimizer_tensors
+from trainer_node.snapshot import optimizer_tensors
 from trainer_node.step import StepTensors, mean_loss, train_step
 
 CPU = torch.device("cpu")
@@ -115,10 +114,6 @@ def small_job(*, optimizer: str = "adamw", seed: int = 0, **basis: object) -> Sm
     set_rates(optimizers, 1.0)
     settings = BasisSettings(**{"average_steps": 4, "sample_size": 4096, **basis})
     return SmallJob(model, groups, optimizers, Basis(groups, optimizers, settings, seed=0))
-
-
-def make_small_store(kind: str, folder: Path) -> TensorStore:
-    return MemoryStore() if kind == "memory" else DiskStore(folder)
 
 
 def bits(tensor: torch.Tensor) -> bytes:

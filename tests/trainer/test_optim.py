@@ -106,17 +106,18 @@ def test_adamw_direction_equals_the_slow_twin():
     assert direction.item() == pytest.approx(twin, rel=1e-5)
 
 
+@pytest.mark.parametrize("scaling", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("shape", [(6, 6), (12, 4), (4, 12)])
-def test_muon_direction_equals_the_slow_twin_up_to_bfloat16(shape):
+def test_muon_direction_equals_the_slow_twin_up_to_bfloat16(shape, scaling):
     random = np.random.default_rng(0)
     gradients = [random.normal(size=shape) for _ in range(4)]
     weight = nn.Parameter(torch.zeros(shape))
-    optimizer = torch.optim.Muon([weight], lr=0.1, momentum=0.9, adjust_lr_fn="original")
+    optimizer = torch.optim.Muon([weight], lr=0.1, momentum=0.9, adjust_lr_fn=scaling)
     for gradient in gradients:
         weight.grad = torch.from_numpy(gradient).float()
         optimizer.step()
     ((_, direction),) = momentum_directions([optimizer])
-    twin = torch.from_numpy(slow_muon_direction(gradients, rate=0.1, momentum=0.9)).float()
+    twin = torch.from_numpy(slow_muon_direction(gradients, rate=0.1, momentum=0.9, scaling=scaling)).float()
     # bfloat16 has 8 bits and five quintic iterations amplify: 3 % of the norm was measured, 5 % allowed.
     assert (direction - twin).norm() < 0.05 * twin.norm()
 

@@ -1,10 +1,12 @@
 """A small decoder: the model of the language task.
 
 Pre-norm blocks with RMSNorm, rotary positions (Su et al. 2021, halves form), causal
-`scaled_dot_product_attention`, MLP with ReLU^2 (So et al. 2021, Primer), no biases. Names follow the
-parameter groups: `embedding`, `blocks.3.attention.query`, `blocks.3.mlp.up`, `final_norm`, `head`.
-Initial weights are normal with std 0.02 (GPT-2), and 0.02 / sqrt(2 layers) where a block writes
-into the residual stream, so the first loss is ln(vocabulary) within 2 %.
+`scaled_dot_product_attention` on normalised queries and keys (Henry et al. 2020; 400 steps of `nano`:
+2.836 against 2.881 without), MLP with ReLU^2 (So et al. 2021, Primer; 2.881, GELU 2.946), no biases.
+Names follow the parameter groups: `embedding`, `blocks.3.attention.query`, `blocks.3.mlp.up`, `final_norm`, `head`.
+Initial weights are normal with std 0.02 (GPT-2), and zero where a block writes into the residual
+stream (modded-nanogpt; 400 steps of `nano`: 2.916 against 2.954 with GPT-2's 0.02 / sqrt(2 layers)),
+so a fresh model is embedding and head only and its first loss is ln(vocabulary) within 2 %.
 Owns no data, no optimizer and no device.
 
 B sequences, T tokens, D width, H heads, V vocabulary.
@@ -58,11 +60,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        residual_std = INIT_STD / (2 * self.settings.layers) ** 0.5
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                writes_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
-                parameter.normal_(std=residual_std if writes_residual else INIT_STD)
+            if name.endswith(("attention.output.weight", "mlp.down.weight")):
+                parameter.zero_()
+            elif parameter.ndim == 2:
+                parameter.normal_(std=INIT_STD)
 
 
 class Block(nn.Module):
@@ -97,8 +99,8 @@ class Attention(nn.Module):
         key_BHTR = self.key(normed_BTD).view(shape).transpose(1, 2)
         value_BHTR = self.value(normed_BTD).view(shape).transpose(1, 2)
         mixed_BHTR = F.scaled_dot_product_attention(
-            rotate(query_BHTR, rotary),
-            rotate(key_BHTR, rotary),
+            rotate(unit_rms(query_BHTR), rotary),
+            rotate(unit_rms(key_BHTR), rotary),
             value_BHTR,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=True,
@@ -115,6 +117,10 @@ class MLP(nn.Module):
 
     def forward(self, normed_BTD: Tensor) -> Tensor:
         return self.dropout(self.down(F.relu(self.up(normed_BTD)).square()))
+
+
+def unit_rms(heads_BHTR: Tensor) -> Tensor:
+    return F.rms_norm(heads_BHTR, heads_BHTR.shape[-1:])
 
 
 def rotary_table(context_tokens: int, head_width: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,236 @@
+"""The fold of a run's messages, and the dict that people see."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import features
+from common import messages as m
+from monitor_node.node import new_view
+from monitor_node.run_view import RunView
+from monitor_node.series import Curve, Strip
+from monitor_node.snapshot import as_dict, plain
+from tests.monitor import fake_run as fake
+
+V = m.Verdict
+
+
+def fold(*messages: m.Message, view: RunView | None = None, start_seconds: float = 0.0) -> RunView:
+    """Messages one second apart; sent and received at the same time."""
+    view = view or new_view("run")
+    for second, message in enumerate(messages):
+        at_seconds = start_seconds + second
+        view.fold(message, sent_unix_seconds=at_seconds, at_seconds=at_seconds)
+    return view
+
+
+def shown(view: RunView, now_seconds: float = 0.0) -> dict[str, Any]:
+    return json.loads(json.dumps(as_dict(view, now_seconds=now_seconds), allow_nan=False))
+
+
+def test_a_whole_run_shows_its_step_loss_phase_and_counts() -> None:
+    view = new_view("run")
+    for said in fake.fake_run("run", steps=600):
+        view.fold(said.message, sent_unix_seconds=1e9 + said.at_seconds, at_seconds=said.at_seconds)
+    page = shown(view, now_seconds=said.at_seconds)
+    assert page["run"]["status"] == "running"
+    assert page["progress"]["step"] == view.train.points()[-1][0] >= 600
+    assert page["progress"]["total_steps"] == 1000
+    assert page["progress"]["loss"] == pytest.approx(2.0, abs=0.7)
+    counters = page["counters"]
+    assert counters["proposals"] == sum(counters[verdict.value] for verdict in V) - counters["rest"] > 10
+    assert counters["refused"] > 0
+    assert page["marks"]["train"] == [[333, "NaN"]]
+    assert page["series"]["held_out"][0][0] == 50
+    assert {segment[2] for segment in page["series"]["phases"]} == {"warmup", "full", "correct"}
+    assert page["progress"]["units_per_second"] == pytest.approx(2048 / fake.STEP_SECONDS, rel=0.35)
+    assert page["progress"]["eta_seconds"] == pytest.approx(400 * fake.STEP_SECONDS, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("messages", "now_seconds", "status"),
+    [
+        ([], 0.0, "starting"),
+        ([fake.started(), fake.heartbeat(state="starting")], 1.0, "starting"),
+        ([fake.started(), fake.heartbeat(step=1), fake.observation(1, 2.0)], 2.0, "running"),
+        ([fake.started(), fake.heartbeat(step=1), fake.observation(1, 2.0)], 9.0, "crashed"),
+        ([fake.observation(1, 2.0), fake.heartbeat(step=1, state="stopping")], 2.0, "stopping"),
+        ([fake.observation(1, 2.0), fake.heartbeat(step=1, state="stopping")], 9.0, "crashed"),
+        ([fake.heartbeat(step=1), m.RunEnded(step=9, reason="finished")], 99.0, "finished"),
+        ([m.RunEnded(step=9, reason="stopped"), fake.started(), fake.heartbeat()], 3.0, "starting"),
+    ],
+)
+def test_the_status_says_what_the_trainer_is_doing(
+    messages: list[m.Message], now_seconds: float, status: str
+) -> None:
+    assert shown(fold(*messages), now_seconds)["run"]["status"] == status
+
+
+def test_a_trainer_that_beats_without_a_step_is_shown_as_stalled() -> None:
+    beats = [fake.heartbeat(step=5)] * 200
+    page = shown(fold(fake.observation(5, 2.0), *beats), 200.0)
+    assert page["run"]["status"] == "stalled"
+    assert page["progress"]["eta_seconds"] is None
+
+
+def test_a_refused_jump_takes_its_steps_off_the_curves_and_counts_them_as_lost() -> None:
+    steps = [fake.observation(step, 3.0) for step in range(1, 17)]
+    tried = [fake.observation(step, 9.0, phase=m.Phase.CORRECT) for step in range(17, 33)]
+    view = fold(*steps, fake.decision(16, 10), *tried, fake.outcome(16, V.REFUSED))
+    page = shown(view)
+    assert page["progress"]["step"] == 16
+    assert page["series"]["train"][-1] == [16, 3.0]
+    assert page["series"]["phases"] == [[1, 16, "full"]]
+    assert page["progress"]["lost_steps"] == 16
+    assert page["series"]["jumps"] == [[16, "refused", 10]]
+    assert page["progress"]["virtual_steps"] == 0
+
+
+def test_an_accepted_jump_counts_virtual_steps_until_a_resume_undoes_it() -> None:
+    view = fold(
+        fake.started(), fake.observation(100, 2.0), fake.decision(50, 10), fake.outcome(50, V.ACCEPTED)
+    )
+    fold(fake.decision(80, 15), fake.outcome(80, V.ACCEPTED, 15), fake.observation(100, 2.0), view=view)
+    assert shown(view)["progress"]["virtual_steps"] == 25
+    assert shown(view)["progress"]["virtual_share"] == 25 / 125
+    fold(fake.started(first_step=60, generation=2), view=view)
+    page = shown(view)
+    assert (page["progress"]["step"], page["progress"]["virtual_steps"]) == (60, 10)
+    assert page["series"]["train"] == []
+
+
+def test_a_proposal_shows_forecast_and_outcome_side_by_side() -> None:
+    (row,) = shown(fold(fake.decision(16, 10, loss=2.5), fake.outcome(16, V.ACCEPTED)))["proposals"]
+    assert (row["predicted_loss"], row["verdict"], row["horizon_steps"]) == (2.5, "accepted", 10)
+    assert row["loss_forecast"] == pytest.approx(1.99)
+    assert row["loss_end"] == pytest.approx(1.97)
+    assert row["cost_seconds"] == pytest.approx(0.09)
+
+
+@pytest.mark.parametrize("verdict", [v for v in V if v not in m.APPLIED_VERDICTS])
+def test_a_decision_that_was_not_applied_is_counted_and_moves_nothing(verdict: V) -> None:
+    page = shown(fold(fake.observation(16, 2.0), fake.outcome(16, verdict, 0)))
+    assert page["counters"][verdict.value] == 1
+    assert page["progress"]["step"] == 16
+    assert page["proposals"] == []
+    assert page["series"]["forecast"] == []
+
+
+def test_numbers_that_are_not_finite_are_null_with_a_marker() -> None:
+    (row,) = shown(fold(fake.decision(16, 10), fake.outcome(16, V.RUINED)))["proposals"]
+    assert (row["loss_after"], row["loss_after_marker"]) == (None, "inf")
+    assert (row["loss_end"], row["loss_end_marker"]) == (None, "NaN")
+    page = shown(fold(fake.observation(3, math.nan)))
+    assert (page["progress"]["loss"], page["progress"]["loss_marker"]) == (None, "NaN")
+
+
+@settings(max_examples=40)
+@given(
+    st.recursive(
+        st.floats() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+def test_plain_values_are_json(value: Any) -> None:
+    json.dumps(plain(value), allow_nan=False)
+
+
+def test_an_order_shows_its_acknowledgement() -> None:
+    order = m.MemoryOrder(order_id="1.1", action="cleanup", reason="full")
+    done = m.OrderDone(order_id="1.1", bytes_before=9, bytes_after=4, detail="")
+    assert shown(fold(order))["orders"][0]["done"] is False
+    row = shown(fold(order, done))["orders"][0]
+    assert (row["done"], row["bytes_before"], row["bytes_after"]) == (True, 9, 4)
+
+
+def test_a_veto_is_shown_until_it_is_lifted() -> None:
+    veto = m.PhaseVeto(veto_id="1", active=True, reason="full", valid_seconds=10.0)
+    assert "vetoed: full" in shown(fold(veto))["run"]["words"]
+    assert shown(fold(veto, replace(veto, active=False)))["run"]["veto"] is None
+
+
+def test_memory_shows_level_and_thresholds_of_the_run() -> None:
+    page = shown(fold(fake.sample(13 << 30)))
+    assert page["memory"]["level"] == "cleanup"
+    assert page["memory"]["cleanup_bytes"] == 12 << 30
+    unknown = shown(fold(fake.sample(13 << 30), fake.sample(None)))["memory"]
+    assert (unknown["level"], unknown["used_bytes"], unknown["unknown_reason"]) == ("cleanup", None, "lost")
+
+
+def test_features_of_another_version_leave_the_loss_unknown_and_say_so() -> None:
+    view = fold(replace(fake.started(), feature_version=features.VERSION + 1), fake.observation(1, 2.0))
+    page = shown(view)
+    assert page["progress"]["loss"] is None
+    assert page["alerts"][0]["kind"] == "feature_version"
+
+
+def test_settings_that_cannot_be_read_are_an_alert_and_the_defaults_hold() -> None:
+    page = shown(fold(replace(fake.started(), settings_toml="[trainer]\nstepz = 4")))
+    assert page["alerts"][0]["kind"] == "settings_unreadable"
+    assert page["progress"]["total_steps"] is None
+
+
+def test_lost_nodes_and_dead_letters_become_alerts() -> None:
+    dead = m.DeadLetter(
+        stream="history", entry_id="1-4", kind="Outcome", deliveries=5, error="boom", body=b""
+    )
+    page = shown(fold(m.NodeLost(node="predictor", silent_seconds=4.0, last_step=7), dead))
+    assert [alert["kind"] for alert in page["alerts"]] == ["dead_letter", "node_lost"]
+    assert page["counters"]["dead_letters"] == 1
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.floats(-1e6, 1e6)), min_size=1, max_size=300))
+def test_a_curve_keeps_its_extremes_in_bounded_memory(points: list[tuple[int, float]]) -> None:
+    curve = Curve(max_buckets=8)
+    for x, y in points:
+        curve.add(x, y)
+    kept = curve.points()
+    assert len(kept) <= 16
+    assert set(kept) <= set(points)
+    assert [x for x, _ in kept] == sorted(x for x, _ in kept)
+    heights = [y for _, y in points]
+    assert (min(y for _, y in kept), max(y for _, y in kept)) == (min(heights), max(heights))
+
+
+def test_a_curve_cut_off_holds_nothing_above_the_cut() -> None:
+    curve = Curve(max_buckets=4)
+    for x in range(100):
+        curve.add(x, float(x))
+    curve.add(99, math.nan)
+    curve.cut_above(40)
+    assert max(x for x, _ in curve.points()) <= 40
+    assert not curve.marks
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=200))
+def test_a_strip_covers_every_step_once(labels: list[str]) -> None:
+    strip, exact = Strip(max_buckets=8), Strip(max_buckets=1000)
+    for x, label in enumerate(labels):
+        strip.add(x, label)
+        exact.add(x, label)
+    coarse = strip.segments()
+    assert coarse[0][0] == 0
+    assert coarse[-1][1] >= len(labels) - 1
+    assert all(left[1] + 1 == right[0] for left, right in itertools.pairwise(coarse))
+    assert "".join(label * (last - first + 1) for first, last, label in exact.segments()) == "".join(labels)
+
+
+def test_memory_stays_bounded_over_a_long_run() -> None:
+    view = fold(fake.started())
+    for step in range(1, 20_001):
+        view.fold(
+            fake.observation(step, 2.0 + step % 7), sent_unix_seconds=float(step), at_seconds=float(step)
+        )
+        if step % 10 == 0:
+            view.fold(fake.decision(step, 5), sent_unix_seconds=float(step), at_seconds=float(step))
+            view.fold(fake.outcome(step, V.STALE, 5), sent_unix_seconds=float(step), at_seconds=float(step))
+    page = as_dict(view, now_seconds=0.0)
+    assert len(page["series"]["train"]) <= 960
+    assert len(json.dumps(page)) < 60_000

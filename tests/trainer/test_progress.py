@@ -1,0 +1,64 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from common.messages import Phase
+from trainer_node.phases import PhaseRules, PhaseState
+from trainer_node.progress import before_jump, first_progress, progress_from_json
+from trainer_node.verify import MIN_FIT_POINTS, forecast_without_jump
+
+RULES = PhaseRules(statistics_steps=4, window_steps=6, probation_steps=5, total_steps=100)
+
+
+def progress_with(losses, rules=RULES):
+    progress = first_progress(rules)
+    progress.recent_losses.extend(losses)
+    return progress
+
+
+@pytest.mark.parametrize("rotten", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_recent_loss_neither_stops_the_run_nor_hides_the_noise(rotten):
+    clean = before_jump(progress_with([2.0, 2.5, 2.0, 2.5]), 0.0).loss_noise
+    before = before_jump(progress_with([2.0, 2.5, 2.0, 2.5, rotten]), 0.0)
+    assert before.loss_noise == clean > 0
+    assert before_jump(progress_with([rotten, rotten]), 0.0).loss_noise == 0.0
+
+
+def test_a_trend_is_no_noise():
+    assert before_jump(progress_with([4 - step / 4 for step in range(12)]), 0.0).loss_noise == 0.0
+
+
+def test_the_noise_is_the_deviation_of_a_single_loss():
+    rules = PhaseRules(statistics_steps=1, window_steps=2000, probation_steps=1, total_steps=9999)
+    losses = 3 - np.arange(4000) / 1000 + 0.2 * np.random.default_rng(0).normal(size=4000)
+    assert before_jump(progress_with(losses.tolist(), rules), 0.0).loss_noise == pytest.approx(0.2, rel=0.05)
+
+
+@pytest.mark.parametrize("window_steps", [2, 3, 4, 16])
+def test_enough_losses_are_kept_for_a_forecast_however_short_the_window(window_steps):
+    rules = PhaseRules(statistics_steps=4, window_steps=window_steps, probation_steps=5, total_steps=100)
+    for progress in (first_progress(rules), progress_from_json(first_progress(rules).to_json(), rules)):
+        progress.recent_losses.extend(float(step) for step in range(100))
+        assert len(progress.recent_losses) == max(2 * window_steps, MIN_FIT_POINTS)
+        assert math.isfinite(forecast_without_jump(progress.recent_losses, horizon_steps=5).spread)
+
+
+def test_progress_survives_json():
+    progress = progress_with([2.0, 1.5])
+    progress.step, progress.attempt = 17, 2
+    progress.phase = PhaseState(Phase.CORRECT, 3, windows=4, used_decision="9.0")
+    again = progress_from_json(json.loads(json.dumps(progress.to_json())), RULES)
+    assert repr(again) == repr(progress)  # by text, as NaN is not equal to itself
+    assert again.recent_losses.maxlen == progress.recent_losses.maxlen
+
+
+def test_a_copy_does_not_follow_its_original():
+    progress = progress_with([2.0])
+    copy = progress.copy()
+    before = repr(copy)
+    progress.recent_losses.append(1.0)
+    progress.features.losses.push(1.0)
+    progress.step += 1
+    assert repr(copy) == before
