@@ -40,6 +40,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None
         self.best_name = ""
+        self.last_failed = False  # the newest attempt left nothing behind
 
     def save(
         self, loop: Loop, housekeeping: Mapping[str, Any], *, emergency: bool
@@ -51,8 +52,9 @@ class Checkpoints:
             temporary = sealed_folder.begin(self._root, name)
             facts = _write(temporary, loop, housekeeping)
         except (EnvironmentFault, OSError, SafetensorError) as error:
-            self._on_failure(f"checkpoint {name} was not saved: {error}")
+            self._fail(f"checkpoint {name} was not saved: {error}; free some space, older ones are intact")
             return None
+        self.last_failed = False
         self._in_flight = self._thread.submit(self._seal, temporary, facts)
         return CheckpointWritten(
             name=name,
@@ -75,10 +77,14 @@ class Checkpoints:
         try:
             sealed_folder.seal(temporary, facts)
         except EnvironmentFault as error:
-            self._on_failure(str(error))
+            self._fail(str(error))
             return
         for folder in _superfluous(sealed_folder.folders(self._root), self._keep, self.best_name):
             sealed_folder.remove(folder)
+
+    def _fail(self, text: str) -> None:
+        self.last_failed = True
+        self._on_failure(text)
 
 
 def _superfluous(newest_first: Sequence[Path], keep: int, best_name: str) -> list[Path]:

@@ -177,7 +177,7 @@ def sample(run_dir: Path, prompt: str, max_tokens: int, temperature: float, top_
     Example:
       trainer-node sample runs/nano-20261120-101500 --prompt "def main("
     """
-    from trainer_node.sample import sample_run
+    from trainer_node.sample_run import sample_run
 
     click.echo(
         sample_run(

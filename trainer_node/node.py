@@ -8,6 +8,7 @@ rest, writes an emergency checkpoint and says how to go on.
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -109,6 +110,10 @@ def run_trainer(job: TrainerJob, stop: threading.Event) -> int:
         write_summary(job.run.summary, summary)
     if node.fenced is not None:
         raise node.fenced
+    if checkpoints.last_failed:
+        raise EnvironmentFault(
+            "the last checkpoint could not be saved: what came after the one before is lost"
+        )
     return 0
 
 
@@ -160,6 +165,8 @@ class _Connection:
             unit=task.unit,
         )
         self._open.callback(display.close)
+        if task.tokenizer_path is not None:
+            shutil.copyfile(task.tokenizer_path, self._job.run.tokenizer)
         self._open.callback(sinks.close)
         self._listeners += [sinks.put, display.put]
         self._open.callback(self._outbox.close, LAST_WORDS_SECONDS)

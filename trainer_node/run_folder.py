@@ -49,6 +49,10 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

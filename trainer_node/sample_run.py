@@ -13,15 +13,13 @@ from trainer_node.run_folder import newest_checkpoint, open_existing
 from trainer_node.sample import generate
 from trainer_node.tasks import build_model
 
-TOKENIZER = "tokenizer.json"
-
 
 def sample_run(
     run_dir: Path, *, prompt: str, max_tokens: int, temperature: float, top_k: int, seed: int
 ) -> str:
     """Raises UserError when the run is no language model, CheckpointError without a whole checkpoint."""
     run, settings = open_existing(run_dir)
-    tokenizer_file = run.path / TOKENIZER
+    tokenizer_file = run.tokenizer
     if settings.trainer.task != "language" or not tokenizer_file.is_file():
         raise UserError(
             f"{run.path}: is not a language model; train one with `trainer-node up --preset nano`"

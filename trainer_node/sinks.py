@@ -7,6 +7,7 @@ metrics, never the run: it is reported once. metrics.jsonl is appended to on res
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import queue
@@ -16,9 +17,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 
 from common.features import INDEX
 from common.messages import Alert, CheckpointWritten, Evaluation, Message, Observation, Outcome, RunEnded
@@ -31,11 +34,13 @@ class MetricSinks:
     def __init__(self, metrics: Path, tensorboard: Path, on_failure: Callable[[str], None]) -> None:
         self._metrics, self._tensorboard, self._on_failure = metrics, tensorboard, on_failure
         self._queue: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._failed = False
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
     def put(self, message: Message) -> None:
-        self._queue.put(message)
+        if not self._failed:
+            self._queue.put(message)
 
     def close(self) -> None:
         """Write what is queued and close the files."""
@@ -44,9 +49,11 @@ class MetricSinks:
 
     def _run(self) -> None:
         try:
-            with self._metrics.open("a", encoding="utf-8") as lines, SummaryWriter(
-                str(self._tensorboard), flush_secs=2
-            ) as board:  # fmt: skip
+            with (
+                self._metrics.open("a", encoding="utf-8") as lines,
+                contextlib.closing(EventFile(self._tensorboard)) as board,
+            ):
+                _end_torn_line(self._metrics, lines)
                 flushed = time.monotonic()
                 while (message := self._queue.get()) is not None:
                     record = metric_line(message)
@@ -55,11 +62,20 @@ class MetricSinks:
                         write_scalars(board, message)
                     if time.monotonic() - flushed > _FLUSH_SECONDS:
                         lines.flush()
+                        board.flush()
                         flushed = time.monotonic()
         except OSError as error:
             self._on_failure(f"metrics are no longer written: {error}; training goes on, free some space")
-            while self._queue.get() is not None:
-                pass
+            self._failed = True  # what comes from now on is not kept
+
+
+def _end_torn_line(path: Path, lines: TextIO) -> None:
+    """After a kill the last line may be half a line; what follows must not be glued to it."""
+    with path.open("rb") as file:
+        size_bytes = file.seek(0, 2)
+        file.seek(max(0, size_bytes - 1))
+        if size_bytes and file.read(1) != b"\n":
+            lines.write("\n")
 
 
 def metric_line(message: Message) -> dict[str, Any] | None:
@@ -80,7 +96,29 @@ def metric_line(message: Message) -> dict[str, Any] | None:
     return {"kind": type(message).__name__, **{name: _plain(value) for name, value in fields.items()}}
 
 
-def write_scalars(board: SummaryWriter, message: Message) -> None:
+class EventFile:
+    """A TensorBoard event file, written by the caller's thread.
+
+    tensorboardX's SummaryWriter has a queue and a thread of its own, which on a full disk fails with a
+    stack trace; the layer below it is used instead.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        event = event_pb2.Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+        self._writer.write_event(event)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def write_scalars(board: EventFile, message: Message) -> None:
     match message:
         case Observation():
             for name in _SHOWN:

@@ -93,6 +93,18 @@ def test_compact_averages_agree_with_exact_ones_over_200_steps():
             assert relative_error(found, wanted) < 0.01, (window, direction)
 
 
+def test_compact_averages_keep_the_tiniest_moves():
+    """Steps of 1e-9, as with a small rate: float16 would make zeros of them."""
+    pairs = []
+    for dtype in KINDS:
+        parameters = [torch.nn.Parameter(torch.zeros(500))]
+        averages = make_averages(parameters, average_steps=4, slow_momentum=0.6, dtype=dtype)
+        walk(parameters, averages, 8, size=1e-9)
+        pairs.append((averages.drift(0), averages.pull_back(0)))
+    for exact, compact in zip(*pairs, strict=True):
+        assert relative_error(whole([compact]), whole([exact])) < 0.01
+
+
 def test_exact_averages_hold_three_times_the_weights_and_compact_ones_one_and_a_half():
     parameters = parameters_of()
     weights_bytes = sum(p.numel() * p.element_size() for p in parameters)

@@ -1,3 +1,4 @@
+import itertools
 import tracemalloc
 
 import numpy as np
@@ -125,6 +126,16 @@ def test_a_group_with_non_finite_weights_explains_nothing_and_spoils_no_other(ro
     assert point.gram[: head * K * K] == twin.gram[: head * K * K]
 
 
+def test_a_non_finite_former_basis_explains_nothing():
+    job = small_job()
+    job.window()
+    job.basis._former_GKm[0, MOMENTUM, 0] = float("inf")
+    point = job.window()
+    assert point.happened[:K] == (0.0,) * K
+    assert point.unexplained_share[0] == 1.0
+    assert all(share < 1.0 for share in point.unexplained_share[1:])
+
+
 def test_a_window_in_which_nothing_moved_is_described_by_zeros():
     job = small_job()
     job.window()
@@ -192,10 +203,11 @@ def test_the_sampled_cosine_is_near_the_exact_one_for_4096_of_100_000_weights():
     random = torch.Generator().manual_seed(0)
     groups = [plain_group(90_000), plain_group(9_000), plain_group(1_000)]
     sample = WeightSample(groups, 4096, seed=0)
-    for wanted in (-0.9, -0.3, 0.0, 0.4, 0.8, 1.0):
+    # The groups disagree, so their shares of the whole decide.
+    for wanted in itertools.product((-0.9, 0.3, 1.0), repeat=3):
         left = [torch.randn(n, generator=random) * s for n, s in ((90_000, 1), (9_000, 2), (1_000, 8))]
         noise = [torch.randn(t.shape, generator=random) * t.std() for t in left]
-        right = [wanted * t + (1 - wanted**2) ** 0.5 * e for t, e in zip(left, noise, strict=True)]
+        right = [w * t + (1 - w**2) ** 0.5 * e for w, t, e in zip(wanted, left, noise, strict=True)]
         tables = []
         for tensors in (left, right):
             out_GKm = torch.zeros(3, 1, 4096)

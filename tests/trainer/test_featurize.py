@@ -225,3 +225,10 @@ def test_a_copy_does_not_follow_its_original():
     push(state, quiet(2, loss=1.0))
     note(state, applied())
     assert copy.to_json() == before
+
+
+def test_the_state_does_not_grow_beyond_64_steps():
+    state = FeatureState()
+    for row in history_of(LONG + 5):
+        push(state, row)
+    assert [len(r.values) for r in (state.losses, state.norms, state.clips, state.seconds)] == [LONG] * 4

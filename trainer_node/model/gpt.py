@@ -3,7 +3,7 @@
 Pre-norm blocks with RMSNorm, rotary positions (Su et al. 2021, halves form), causal
 `scaled_dot_product_attention` on normalised queries and keys (Henry et al. 2020; 400 steps of `nano`:
 2.836 against 2.881 without), MLP with ReLU^2 (So et al. 2021, Primer; 2.881, GELU 2.946), no biases.
-Names follow the parameter groups: `embedding`, `blocks.3.attention.query`, `blocks.3.mlp.up`, `final_norm`, `head`.
+Names follow the parameter groups: `embedding`, `blocks.3.attention.query`, `blocks.3.mlp.up`, `head`.
 Initial weights are normal with std 0.02 (GPT-2), and zero where a block writes into the residual
 stream (modded-nanogpt; 400 steps of `nano`: 2.916 against 2.954 with GPT-2's 0.02 / sqrt(2 layers)),
 so a fresh model is embedding and head only and its first loss is ln(vocabulary) within 2 %.
