@@ -7,11 +7,13 @@ monitor or server is away.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 
 from common.bus import Bus
 from common.clock import Clock
+from common.errors import BusError
 from common.follower import Follower, decoded
 from common.messages import (
     CheckpointRequest,
@@ -22,7 +24,8 @@ from common.messages import (
     PhaseDecision,
     PhaseVeto,
 )
-from common.streams import DECISIONS, HISTORY, ORDERS, PREDICTOR, notes_of
+from common.streams import DECISIONS, HISTORY, MONITOR, ORDERS, PREDICTOR, notes_of
+from trainer_node.retention import CHECK_SECONDS, Retention
 
 _READ_BLOCK_SECONDS = 0.5
 
@@ -48,7 +51,9 @@ class Inbox:
             clock,
         )
         self.stale = 0  # decisions that came for nothing: too late, or for another generation
-        self._follower = Follower(bus, (DECISIONS, ORDERS, notes_of(PREDICTOR)), clock=clock, rng=rng)
+        self._bus = bus
+        streams = (DECISIONS, ORDERS, notes_of(PREDICTOR), notes_of(MONITOR))
+        self._follower = Follower(bus, streams, clock=clock, rng=rng)
         self._follower.skip_to_end()
         self._news = threading.Condition()  # guards everything below
         self._decisions: dict[tuple[int, int], PhaseDecision] = {}  # by (attempt, step)
@@ -58,6 +63,8 @@ class Inbox:
         self._orders: list[CheckpointRequest | MemoryOrder] = []
         self._predictor_seen_seconds: float | None = None
         self._gave_up = False
+        self._retention = Retention()
+        self._trim_at_seconds = clock.monotonic() + CHECK_SECONDS
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="inbox", daemon=True)
         self._thread.start()
@@ -119,6 +126,9 @@ class Inbox:
         while not self._closed:
             for _, message in decoded(self._follower.read(_READ_BLOCK_SECONDS)):
                 self._take(message)
+            if self._clock.monotonic() >= self._trim_at_seconds:
+                self._trim_at_seconds = self._clock.monotonic() + CHECK_SECONDS
+                self._trim()
 
     def _take(self, message: Message) -> None:
         with self._news:
@@ -129,7 +139,9 @@ class Inbox:
                 case DeadLetter(stream=stream) if stream == HISTORY:
                     self._gave_up = True  # the predictor could not read the point that is waited for
                 case Heartbeat():
-                    self._predictor_seen_seconds = self._clock.monotonic()
+                    self._retention.note(message)
+                    if message.node == PREDICTOR:
+                        self._predictor_seen_seconds = self._clock.monotonic()
                 case PhaseVeto():
                     self._veto = message if message.active else None
                     self._veto_until_seconds = self._clock.monotonic() + message.valid_seconds
@@ -145,3 +157,10 @@ class Inbox:
             self.stale += 1
         else:
             self._decisions[key] = decision
+
+    def _trim(self) -> None:
+        """Drop history that everybody has saved. A server that is away is trimmed another time."""
+        with contextlib.suppress(BusError):
+            below = self._retention.trim_below(self._bus.last_id(HISTORY))
+            if below is not None:
+                self._bus.trim(HISTORY, below=below)

@@ -183,6 +183,25 @@ def test_serve_goes_on_with_a_recording_and_survives_one_that_is_damaged(
 
 
 @ON_ONE_SERVER
+def test_a_restarted_monitor_takes_the_same_port_so_that_open_pages_find_it(
+    run: Bus, server_url: str, run_id: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    file = tmp_path / "page.address"
+    arguments = ("serve", "--redis", server_url, "--run-id", run_id, "--address-file", str(file))
+    first = start(*arguments)
+    wait_until(file.exists, DEADLINE_SECONDS)
+    address = file.read_text()
+    first.kill()
+    first.communicate()
+    generation = run.last_id("notes.monitor").generation
+    start(*arguments)
+    wait_until(lambda: run.last_id("notes.monitor").generation > generation, DEADLINE_SECONDS)
+    assert file.read_text() == address
+    with urllib.request.urlopen(f"{address.strip()}/healthz", timeout=DEADLINE_SECONDS) as answer:
+        assert answer.status == 200
+
+
+@ON_ONE_SERVER
 def test_a_second_monitor_replaces_the_first(
     run: Bus, server_url: str, run_id: str, start: Callable[..., subprocess.Popen[str]]
 ) -> None:

@@ -107,6 +107,15 @@ def test_an_accepted_jump_counts_virtual_steps_until_a_resume_undoes_it() -> Non
     assert page["series"]["train"] == []
 
 
+def test_virtual_steps_from_before_a_resume_are_taken_from_the_trainers_word() -> None:
+    view = fold(
+        fake.started(first_step=60, generation=2), replace(fake.evaluation(61, 2.0), virtual_steps=40)
+    )
+    assert view.virtual_steps == 40
+    fold(fake.started(first_step=20, generation=3), view=view)
+    assert view.virtual_steps == 0
+
+
 def test_a_proposal_shows_forecast_and_outcome_side_by_side() -> None:
     (row,) = shown(fold(fake.decision(16, 10, loss=2.5), fake.outcome(16, V.ACCEPTED)))["proposals"]
     assert (row["predicted_loss"], row["verdict"], row["horizon_steps"]) == (2.5, "accepted", 10)

@@ -14,6 +14,7 @@ from common.memory_bus import MemoryBus, MemoryServer
 from common.messages import (
     CheckpointRequest,
     Controls,
+    DeadLetter,
     Heartbeat,
     Message,
     Phase,
@@ -188,3 +189,17 @@ def test_what_was_said_before_the_trainer_came_is_not_for_it(open_inbox, send: S
     assert inbox.wait_decision(step=17, attempt=0, seconds=DEADLINE_SECONDS) is not None
     assert inbox.take_orders() == []
     assert inbox.wait_decision(step=16, attempt=0, seconds=0.0) is None
+
+
+def test_a_decision_point_that_the_predictor_could_not_read_ends_the_wait(open_inbox, send: Sender) -> None:
+    """The predictor lives, but no decision will come: lockstep must not wait for ever."""
+    inbox = open_inbox()
+    send(heartbeat())
+    assert inbox.wait_for_predictor(DEADLINE_SECONDS)
+    letter = DeadLetter(
+        stream="history", entry_id="3-16", kind="Observation", deliveries=5, error="x", body=b""
+    )
+    timer = threading.Timer(0.02, send, [letter])
+    timer.start()
+    assert inbox.wait_decision(step=16, attempt=0, seconds=None) is None
+    timer.join()

@@ -1,0 +1,138 @@
+"""Commands of the monitor node. Only this file knows click."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import click
+
+from common.bus import Bus
+from common.clock import SystemClock
+from common.command import run_command
+from common.errors import UserError
+from common.log import NodeLog
+from common.open_bus import open_bus, url_or_environment
+from common.parent import stop_on_signals, stop_when_parent_goes
+from common.settings import MonitorSettings
+from common.streams import MONITOR
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hybrid-predict-trainer")
+def cli() -> None:
+    """Watch a run: memory, nodes, predictions and their outcomes; a live page; a recording.
+
+    \b
+    Examples:
+      monitor-node serve --redis redis://localhost:6379 --run-id first
+      monitor-node status --redis redis://localhost:6379 --run-id first
+      monitor-node record --redis redis://localhost:6379 --run-id first --out first.hpt
+    """
+
+
+def _bus_options(command: Any) -> Any:
+    run_id = click.option("--run-id", required=True, metavar="ID", help="The run to watch.")
+    redis = click.option("--redis", "redis_url", metavar="URL", help="Bus address; default: HPT_REDIS_URL.")
+    return redis(run_id(command))
+
+
+def _opened(redis_url: str | None, run_id: str) -> Bus:
+    address = url_or_environment(redis_url, os.environ)
+    if address.startswith("embedded://"):
+        raise UserError("embedded:// starts a server of its own, without any run; give the run's address")
+    return open_bus(address, run_id)
+
+
+@cli.command()
+@_bus_options
+@click.option(
+    "--http",
+    default=MonitorSettings().http,
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Address of the live page; port 0 = any free one; empty = no page.",
+)
+@click.option(
+    "--record", "record_file", type=click.Path(path_type=Path), help="Record the run into this file."
+)
+@click.option(
+    "--address-file",
+    type=click.Path(path_type=Path),
+    help="Write the page's address into this file.",
+)
+@click.option("--stop-with-parent", is_flag=True, hidden=True)
+def serve(
+    redis_url: str | None, run_id: str, http: str, record_file: Path | None, address_file: Path | None,
+    stop_with_parent: bool,
+) -> None:  # fmt: skip
+    """Watch a run until Ctrl-C: sample memory, give orders, serve the live page.
+
+    \b
+    Examples:
+      monitor-node serve --redis redis://localhost:6379 --run-id first --http 127.0.0.1:8080
+      monitor-node serve --redis unix:///tmp/redis.sock --run-id first --record first.hpt
+    """
+    from monitor_node.device import choose_device
+    from monitor_node.serve import PageAddress, Surroundings
+    from monitor_node.serve import serve as serve_run
+    from monitor_node.web import split_address
+
+    page = None
+    if http:
+        host, port = split_address(http)
+        page = PageAddress(host=host, port=port, file=address_file)
+    _opened(redis_url, run_id).close()  # a wrong address is the user's error, before a port is taken
+    stop = threading.Event()
+    stop_on_signals(stop)
+    if stop_with_parent:
+        stop_when_parent_goes(stop)
+    around = Surroundings(clock=SystemClock(), log=NodeLog(MONITOR, run_id), choose_device=choose_device)
+    serve_run(lambda: _opened(redis_url, run_id), run_id, stop, around, page=page, record_file=record_file)
+
+
+@cli.command()
+@_bus_options
+@click.option("--out", "out_file", required=True, type=click.Path(path_type=Path), help="File to write.")
+def record(redis_url: str | None, run_id: str, out_file: Path) -> None:
+    """Record a run into one file until it ends, or until Ctrl-C.
+
+    A file that an earlier recorder of this run left unfinished is gone on with.
+
+    \b
+    Example:
+      monitor-node record --redis redis://localhost:6379 --run-id first --out first.hpt
+    """
+    from monitor_node.record import record_run
+
+    stop = threading.Event()
+    stop_on_signals(stop)
+    with contextlib.closing(_opened(redis_url, run_id)) as bus:
+        entries = record_run(bus, run_id, out_file, stop, SystemClock(), NodeLog(MONITOR, run_id))
+    click.echo(f"{out_file}: {entries} entries", err=True)
+
+
+@cli.command()
+@_bus_options
+def status(redis_url: str | None, run_id: str) -> None:
+    """Print what is known of a run as one JSON object; exit 1 when there is no such run.
+
+    \b
+    Example:
+      monitor-node status --redis redis://localhost:6379 --run-id first | jq .progress
+    """
+    from monitor_node.serve import read_run
+    from monitor_node.snapshot import as_dict
+
+    clock = SystemClock()
+    with contextlib.closing(_opened(redis_url, run_id)) as bus:
+        view = read_run(bus, run_id, clock)
+    click.echo(json.dumps(as_dict(view, now_seconds=clock.monotonic()), indent=2, allow_nan=False))
+
+
+def main() -> None:
+    run_command(cli, "monitor-node")

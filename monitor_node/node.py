@@ -1,0 +1,188 @@
+"""The monitor: follows every stream of a run, samples memory, gives orders, feeds the page.
+
+Thin shell around pure parts: run_view folds, enforcer decides, liveness judges. Reads with
+`read_after` from the start of the streams, so it acknowledges nothing and delays nobody. When the
+server is away it goes on sampling, and calls nobody lost before it has been able to read again.
+Its settings come from the run itself (RunStarted); until that was read, the defaults hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from common import messages as m
+from common.bus import Bus
+from common.clock import Clock
+from common.errors import BusError, Fenced
+from common.follower import Follower, decoded
+from common.heartbeat import Heartbeats, NodeStatus
+from common.log import NodeLog
+from common.settings import MonitorSettings
+from common.streams import MONITOR, STREAMS
+from monitor_node.device import Device
+from monitor_node.enforcer import EnforcerState, Setting, enforce
+from monitor_node.feed import Feed
+from monitor_node.liveness import Watch
+from monitor_node.run_view import RunView
+from monitor_node.snapshot import as_dict
+
+_BLOCK_SECONDS = 0.2
+_FEED_SECONDS = 0.25
+_LENGTHS_SECONDS = 5.0
+_DRAIN_SECONDS = 2.0
+
+
+class Outlet(Protocol):
+    """What the node needs of common.outbox.Outbox."""
+
+    @property
+    def fenced(self) -> bool: ...
+    def put(self, message: m.Message) -> None: ...
+    def close(self, deadline_seconds: float) -> bool: ...
+
+
+class RunReader:
+    """Reads all streams of a run in order and folds them into a view."""
+
+    def __init__(self, bus: Bus, view: RunView, clock: Clock) -> None:
+        self.caught_up = False  # everything that was there at the start has been read
+        self.follower = Follower(bus, STREAMS, clock=clock, rng=random.Random())
+        self._view = view
+        self._clock = clock
+
+    def read(self, *, block_seconds: float) -> None:
+        """Fold what there is, or wait for `block_seconds` once all that was there has been read."""
+        entries = self.follower.read(block_seconds if self.caught_up else 0.0)
+        now_seconds, now_unix_seconds = self._clock.monotonic(), self._clock.unix()
+        for entry, message in decoded(entries):
+            # An old entry did not arrive just now: its age by the sender's clock is the best estimate.
+            age_seconds = 0.0 if self.caught_up else max(0.0, now_unix_seconds - entry.sent_unix_seconds)
+            self._view.fold(
+                message, sent_unix_seconds=entry.sent_unix_seconds, at_seconds=now_seconds - age_seconds
+            )
+        if not entries and self.follower.connected:
+            self.caught_up = True
+
+
+class MonitorNode:
+    """`turn` does one round of everything that is due; `run` repeats it until told to stop."""
+
+    def __init__(
+        self,
+        *,
+        bus: Bus,
+        outbox: Outlet,
+        run_id: str,
+        generation: int,
+        clock: Clock,
+        choose_device: Callable[[str], Device],
+        feed: Feed,
+        log: NodeLog,
+    ) -> None:
+        self.view = new_view(run_id)
+        self._reader = RunReader(bus, self.view, clock)
+        self._bus = bus
+        self._outbox = outbox
+        self._generation = generation
+        self._clock = clock
+        self._choose_device = choose_device
+        self._device: Device | None = None
+        self._device_preference = ""
+        self._feed = feed
+        self._log = log
+        self._enforcer = EnforcerState()
+        self._due_seconds: dict[str, float] = {}
+        self._away_since_seconds: float | None = None
+
+    def run(self, stop: threading.Event) -> None:
+        """Until `stop` is set. Raises Fenced when a newer monitor took over."""
+        heartbeats = Heartbeats(
+            self._outbox,
+            node=MONITOR,
+            generation=self._generation,
+            seconds=self.view.settings.monitor.heartbeat_seconds,
+            status=lambda: NodeStatus(state="running", step=self.view.step),
+            clock=self._clock,
+        )
+        try:
+            while not stop.is_set():
+                self.turn(block_seconds=_BLOCK_SECONDS)
+        finally:
+            heartbeats.close()
+            self._outbox.close(_DRAIN_SECONDS)
+
+    def turn(self, *, block_seconds: float) -> None:
+        self._read(block_seconds)
+        if self._outbox.fenced:
+            raise Fenced(f"a newer monitor watches run {self.view.run_id}; this one stops")
+        if self._reader.caught_up:
+            sample_seconds = self.view.settings.monitor.sample_seconds
+            if self.view.ended is None and self._is_due("sample", sample_seconds):
+                self._sample()
+            if self._away_since_seconds is None:
+                for message in self.view.watch.changes(self._clock.monotonic()):
+                    self._outbox.put(message)
+        if self._is_due("feed", _FEED_SECONDS):
+            self._publish_snapshot()
+
+    def _read(self, block_seconds: float) -> None:
+        self._reader.read(block_seconds=block_seconds)
+        now_seconds = self._clock.monotonic()
+        if not self._reader.follower.connected:
+            if self._away_since_seconds is None:
+                self._away_since_seconds = now_seconds
+                self._log.event("server_away", level="warning", error=self._reader.follower.last_error)
+            return
+        if self._away_since_seconds is not None:
+            self._log.event("server_back", away_seconds=round(now_seconds - self._away_since_seconds, 1))
+            self._away_since_seconds = None
+            self.view.watch.readable(since_seconds=now_seconds)
+        if self._is_due("lengths", _LENGTHS_SECONDS):
+            with contextlib.suppress(BusError):  # the next read notices a server that is away
+                self.view.stream_lengths = stream_lengths(self._bus)
+
+    def _sample(self) -> None:
+        preference = self.view.settings.trainer.device
+        if self._device is None or preference != self._device_preference:
+            self._device, self._device_preference = self._choose_device(preference), preference
+        if self.view.trainer_process is None and not self._device.is_gpu:
+            return  # nothing to measure before the trainer says who it is
+        sample = self._device.sample(self.view.trainer_process)
+        self._outbox.put(sample)
+        setting = Setting(
+            generation=self._generation, is_gpu=self._device.is_gpu, monitor=self.view.settings.monitor
+        )
+        self._enforcer, messages = enforce(
+            self._enforcer, sample, setting, now_seconds=self._clock.monotonic(), step=self.view.step
+        )
+        for message in messages:
+            self._outbox.put(message)
+
+    def _publish_snapshot(self) -> None:
+        now_seconds = self._clock.monotonic()
+        snapshot = as_dict(self.view, now_seconds=now_seconds)
+        away_seconds = 0.0 if self._away_since_seconds is None else now_seconds - self._away_since_seconds
+        snapshot["server"] = {
+            "connected": self._away_since_seconds is None,
+            "away_seconds": int(away_seconds),
+        }
+        self._feed.publish(snapshot)
+
+    def _is_due(self, what: str, every_seconds: float) -> bool:
+        now_seconds = self._clock.monotonic()
+        if now_seconds < self._due_seconds.get(what, now_seconds):
+            return False
+        self._due_seconds[what] = now_seconds + every_seconds
+        return True
+
+
+def stream_lengths(bus: Bus) -> dict[str, int]:
+    return {stream: bus.length(stream) for stream in STREAMS}
+
+
+def new_view(run_id: str) -> RunView:
+    return RunView(run_id=run_id, watch=Watch(silent_seconds=MonitorSettings().silent_seconds))

@@ -1,0 +1,251 @@
+"""Folds the messages of a run into one view of it. Pure: no bus, no clock, bounded memory.
+
+The same fold feeds `monitor-node status`, the live page and the monitor's own decisions, so they
+cannot disagree. Undone steps (a refused jump, a resume from an older checkpoint) are cut off the
+curves; counters count every try. snapshot.py turns the view into a JSON-able dict.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from common import features
+from common import messages as m
+from common.config import settings_from_toml
+from common.errors import SettingsError
+from common.settings import RunSettings
+from common.streams import MONITOR, TRAINER
+from monitor_node.device import TrainerProcess
+from monitor_node.liveness import Watch
+from monitor_node.series import Curve, Strip
+from monitor_node.thresholds import LevelState, limits_of, next_level
+
+UNDONE = (m.Verdict.REFUSED, m.Verdict.RUINED, m.Verdict.ABORTED)
+_LOSS = features.INDEX["loss"]
+_UNITS_PER_STEP = features.INDEX["log10_units_per_step"]
+_RATE_STEPS = 24  # heartbeats with progress over which the speed is averaged
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProposalRow:
+    outcome: m.Outcome
+    decision: m.PhaseDecision | None  # None: not seen, e.g. trimmed away
+    at_unix_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlertRow:
+    alert: m.Alert
+    at_unix_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrderRow:
+    """An order of the monitor and, once it came, the trainer's acknowledgement."""
+
+    order: m.MemoryOrder | m.CheckpointRequest
+    done: m.OrderDone | None
+    at_unix_seconds: float
+
+
+@dataclass(kw_only=True)
+class RunView:
+    run_id: str
+    watch: Watch
+    started: m.RunStarted | None = None
+    started_at_unix_seconds: float | None = None
+    settings: RunSettings = field(default_factory=RunSettings)
+    has_settings: bool = False
+    ended: m.RunEnded | None = None
+    step: int = 0
+    attempt: int = 0
+    phase: m.Phase | None = None
+    loss: float | None = None
+    units_per_step: float | None = None
+    evaluation: m.Evaluation | None = None
+    first_held_out_loss: float | None = None
+    checkpoint: m.CheckpointWritten | None = None
+    checkpoint_at_unix_seconds: float | None = None
+    decision: m.PhaseDecision | None = None
+    proposals: int = 0  # decisions with a horizon above zero
+    verdicts: Counter[m.Verdict] = field(default_factory=Counter)
+    lost_steps: int = 0
+    sample: m.VramSample | None = None
+    level: LevelState = field(default_factory=LevelState)
+    veto: m.PhaseVeto | None = None
+    dead_letters: int = 0
+    trainer_process: TrainerProcess | None = None
+    health: dict[str, m.HealthSample] = field(default_factory=dict)
+    train: Curve = field(default_factory=Curve)
+    held_out: Curve = field(default_factory=Curve)
+    forecast: Curve = field(default_factory=Curve)  # (step, loss without the jump, spread)
+    memory: Curve = field(default_factory=lambda: Curve(max_buckets=240))  # (unix second, used bytes)
+    phases: Strip = field(default_factory=Strip)
+    jumps: deque[tuple[int, str, int]] = field(default_factory=lambda: deque(maxlen=400))
+    outcomes: deque[ProposalRow] = field(default_factory=lambda: deque(maxlen=12))
+    alerts: deque[AlertRow] = field(default_factory=lambda: deque(maxlen=24))
+    orders: deque[OrderRow] = field(default_factory=lambda: deque(maxlen=12))
+    stream_lengths: dict[str, int] = field(default_factory=dict)  # set by the shell, which may ask the bus
+    _decisions: dict[str, m.PhaseDecision] = field(default_factory=dict)
+    _accepted: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=4096))  # step, horizon
+    _progress: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RATE_STEPS))
+    _counted_virtual_steps: int = 0
+    _told_virtual_steps: int = 0  # by the last evaluation
+
+    def fold(self, message: m.Message, *, sent_unix_seconds: float, at_seconds: float) -> None:
+        """Take one message. `at_seconds`: when it arrived, on the monitor's own monotonic clock."""
+        match message:
+            case m.Observation():
+                self._fold_observation(message)
+            case m.Heartbeat():
+                self._fold_heartbeat(message, sent_unix_seconds, at_seconds)
+            case m.Outcome():
+                self._fold_outcome(message, sent_unix_seconds)
+            case m.PhaseDecision():
+                self._fold_decision(message)
+            case m.RunStarted():
+                self._fold_started(message, sent_unix_seconds)
+            case m.RunEnded():
+                self.ended, self.step = message, message.step
+                self.watch.run_ended = True
+            case m.Evaluation():
+                self.evaluation = message
+                if self.first_held_out_loss is None:
+                    self.first_held_out_loss = message.loss
+                self.held_out.add(message.step, message.loss)
+                self._told_virtual_steps = message.virtual_steps
+            case m.CheckpointWritten():
+                self.checkpoint, self.checkpoint_at_unix_seconds = message, sent_unix_seconds
+            case m.VramSample():
+                self._fold_sample(message, sent_unix_seconds)
+            case m.Alert():
+                self.alerts.append(AlertRow(alert=message, at_unix_seconds=sent_unix_seconds))
+            case m.HealthSample():
+                self.health[message.node] = message
+            case _:
+                self._fold_order_or_fault(message, sent_unix_seconds)
+
+    @property
+    def virtual_steps(self) -> int:
+        """Of the jumps that were kept. A resumed run on a new server has its first jumps from the
+        trainer's word only."""
+        return max(self._counted_virtual_steps, self._told_virtual_steps)
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Kept steps per second of the trainer's own clock; None before there is any progress."""
+        if len(self._progress) < 2:
+            return None
+        (first_seconds, first_step), (last_seconds, last_step) = self._progress[0], self._progress[-1]
+        if last_step <= first_step or last_seconds <= first_seconds:
+            return None
+        return (last_step - first_step) / (last_seconds - first_seconds)
+
+    def _fold_started(self, message: m.RunStarted, sent_unix_seconds: float) -> None:
+        self.started, self.started_at_unix_seconds = message, sent_unix_seconds
+        self.ended, self.watch.run_ended = None, False
+        try:
+            self.settings = settings_from_toml(message.settings_toml)
+            self.has_settings = True
+            self.watch.silent_seconds = self.settings.monitor.silent_seconds
+        except SettingsError as error:
+            self._warn("settings_unreadable", f"settings of the run: {error}", sent_unix_seconds)
+        if message.feature_version != features.VERSION:
+            text = f"features are version {message.feature_version}, this monitor reads {features.VERSION}"
+            self._warn("feature_version", f"{text}: loss and speed stay unknown; install one version", 0.0)
+        self._undo_above(message.first_step)
+        self._told_virtual_steps = 0
+        self.step = message.first_step
+
+    def _fold_observation(self, message: m.Observation) -> None:
+        self.step, self.attempt, self.phase = message.step, message.attempt, message.phase
+        self.phases.add(message.step, message.phase.value)
+        known = self.started is None or self.started.feature_version == features.VERSION
+        if known and len(message.features) == len(features.NAMES):
+            self.loss = message.features[_LOSS]
+            self.units_per_step = 10.0 ** min(message.features[_UNITS_PER_STEP], 18.0)
+            self.train.add(message.step, self.loss)
+
+    def _fold_heartbeat(self, message: m.Heartbeat, sent_unix_seconds: float, at_seconds: float) -> None:
+        self.watch.heard(message, at_seconds=at_seconds)
+        if message.node != TRAINER:
+            return
+        self.trainer_process = TrainerProcess.of(message, sent_unix_seconds)
+        if self._progress and message.step < self._progress[-1][1] - self.settings.trainer.window_steps:
+            self._progress.clear()  # a resume, not a refused jump
+        if not self._progress or message.step != self._progress[-1][1]:
+            self._progress.append((sent_unix_seconds, message.step))
+
+    def _fold_decision(self, message: m.PhaseDecision) -> None:
+        self.decision = message
+        if message.horizon_steps > 0:
+            self.proposals += 1
+            self._decisions[message.decision_id] = message
+            if len(self._decisions) > 64:
+                del self._decisions[next(iter(self._decisions))]
+
+    def _fold_outcome(self, message: m.Outcome, sent_unix_seconds: float) -> None:
+        self.verdicts[message.verdict] += 1
+        self.lost_steps += message.lost_steps
+        self.attempt = message.attempt
+        if message.verdict in UNDONE:
+            self._undo_above(message.base_step)
+            self.step = message.base_step
+        if message.verdict is m.Verdict.ACCEPTED:
+            self._accepted.append((message.base_step, message.horizon_steps))
+            self._counted_virtual_steps += message.horizon_steps
+        if message.horizon_steps > 0:
+            decision = self._decisions.pop(message.decision_id, None)
+            row = ProposalRow(outcome=message, decision=decision, at_unix_seconds=sent_unix_seconds)
+            self.outcomes.append(row)
+            self.jumps.append((message.base_step, message.verdict.value, message.horizon_steps))
+        if message.verdict in m.APPLIED_VERDICTS and message.probation_steps > 0:
+            end_step = message.base_step + message.probation_steps
+            self.forecast.add(end_step, message.loss_forecast, message.loss_spread)
+
+    def _fold_sample(self, message: m.VramSample, sent_unix_seconds: float) -> None:
+        self.sample = message
+        limits = limits_of(self.settings.monitor, message.total_bytes)
+        self.level = next_level(
+            self.level, used_bytes=message.used_bytes, limits=limits, now_seconds=sent_unix_seconds
+        )
+        if message.used_bytes is not None:
+            self.memory.add(int(sent_unix_seconds), message.used_bytes)
+
+    def _fold_order_or_fault(self, message: m.Message, sent_unix_seconds: float) -> None:
+        match message:
+            case m.PhaseVeto():
+                self.veto = message if message.active else None
+            case m.MemoryOrder() | m.CheckpointRequest():
+                self.orders.append(OrderRow(order=message, done=None, at_unix_seconds=sent_unix_seconds))
+            case m.OrderDone():
+                for place, row in enumerate(self.orders):
+                    if order_id_of(row.order) == message.order_id:
+                        at = row.at_unix_seconds
+                        self.orders[place] = OrderRow(order=row.order, done=message, at_unix_seconds=at)
+            case m.NodeLost():
+                text = f"{message.node} has been silent for {message.silent_seconds:.1f} s"
+                self._warn("node_lost", text, sent_unix_seconds, severity="error", step=message.last_step)
+            case m.DeadLetter():
+                self.dead_letters += 1
+                text = f"{message.kind} {message.entry_id} on {message.stream} was given up: {message.error}"
+                self._warn("dead_letter", text, sent_unix_seconds, severity="error", step=self.step)
+
+    def _undo_above(self, step: int) -> None:
+        """Cut off steps that a restore or a resume has undone."""
+        for curve in (self.train, self.held_out, self.forecast):
+            curve.cut_above(step)
+        self.phases.cut_above(step)
+        while self._accepted and self._accepted[-1][0] >= step:
+            self._counted_virtual_steps -= self._accepted.pop()[1]
+
+    def _warn(
+        self, kind: str, text: str, at_unix_seconds: float, *, severity: str = "warning", step: int = 0
+    ) -> None:
+        alert = m.Alert(node=MONITOR, severity=severity, kind=kind, text=text, step=step)
+        self.alerts.append(AlertRow(alert=alert, at_unix_seconds=at_unix_seconds))
+
+
+def order_id_of(order: m.MemoryOrder | m.CheckpointRequest) -> str:
+    return order.order_id if isinstance(order, m.MemoryOrder) else order.request_id
