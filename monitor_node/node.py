@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from common import messages as m
-from common.bus import Bus
+from common.bus import Bus, EntryId
 from common.clock import Clock
 from common.errors import BusError, Fenced
 from common.follower import Follower, decoded
@@ -82,6 +82,7 @@ class MonitorNode:
         choose_device: Callable[[str], Device],
         feed: Feed,
         log: NodeLog,
+        recorded_up_to: Callable[[], EntryId | None] = lambda: None,
     ) -> None:
         self.view = new_view(run_id)
         self._reader = RunReader(bus, self.view, clock)
@@ -94,6 +95,7 @@ class MonitorNode:
         self._device_preference = ""
         self._feed = feed
         self._log = log
+        self._recorded_up_to = recorded_up_to
         self._enforcer = EnforcerState()
         self._due_seconds: dict[str, float] = {}
         self._away_since_seconds: float | None = None
@@ -105,7 +107,7 @@ class MonitorNode:
             node=MONITOR,
             generation=self._generation,
             seconds=self.view.settings.monitor.heartbeat_seconds,
-            status=lambda: NodeStatus(state="running", step=self.view.step),
+            status=self._status,
             clock=self._clock,
         )
         try:
@@ -114,6 +116,15 @@ class MonitorNode:
         finally:
             heartbeats.close()
             self._outbox.close(_DRAIN_SECONDS)
+
+    def _status(self) -> NodeStatus:
+        """With a recording, also up to where the history is on disk: the trainer may trim below it."""
+        saved = self._recorded_up_to()
+        counters = () if saved is None else (
+            m.Metric(name="saved_generation", value=float(saved.generation), unit="1"),
+            m.Metric(name="saved_sequence", value=float(saved.sequence), unit="1"),
+        )  # fmt: skip
+        return NodeStatus(state="running", step=self.view.step, counters=counters)
 
     def turn(self, *, block_seconds: float) -> None:
         self._read(block_seconds)

@@ -25,7 +25,7 @@ from common.messages import Alert
 from common.outbox import Outbox
 from common.publisher import Backoff, Publisher
 from common.recording_writer import RecordingWriter
-from common.streams import MONITOR, ORDERS, notes_of
+from common.streams import HISTORY, MONITOR, ORDERS, notes_of
 from monitor_node.device import Device
 from monitor_node.feed import Feed
 from monitor_node.node import MonitorNode, RunReader, new_view, stream_lengths
@@ -101,6 +101,7 @@ def serve(
             choose_device=around.choose_device,
             feed=feed,
             log=around.log,
+            recorded_up_to=lambda: writer.last_ids.get(HISTORY) if writer is not None else None,
         )
         around.log.event("serving", generation=generation)
         node.run(stop)

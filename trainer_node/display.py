@@ -7,6 +7,7 @@ beyond storing a few numbers. Without a terminal it prints a line every few seco
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -48,6 +49,12 @@ class Display:
         self._task = self._bar.add_task("warmup ", total=total_steps, completed=first_step, numbers="loss -")
         if self._console.is_terminal:
             self._bar.start()
+
+    def start_from(self, verdicts: Mapping[Verdict, int], virtual_steps: int, held_out: float) -> None:
+        """What a resumed run brings along."""
+        self._accepted = verdicts.get(Verdict.ACCEPTED, 0)
+        self._refused = verdicts.get(Verdict.REFUSED, 0) + verdicts.get(Verdict.RUINED, 0)
+        self._virtual_steps, self._held_out = virtual_steps, held_out
 
     def put(self, message: Message) -> None:
         match message:

@@ -50,6 +50,7 @@ class Inbox:
             stop,
             clock,
         )
+        self.trims = 0  # times that old history was dropped
         self.stale = 0  # decisions that came for nothing: too late, or for another generation
         self._bus = bus
         streams = (DECISIONS, ORDERS, notes_of(PREDICTOR), notes_of(MONITOR))
@@ -164,3 +165,4 @@ class Inbox:
             below = self._retention.trim_below(self._bus.last_id(HISTORY))
             if below is not None:
                 self._bus.trim(HISTORY, below=below)
+                self.trims += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from common.clock import Clock
 from common.messages import APPLIED_VERDICTS, Outcome, Verdict
@@ -31,6 +32,8 @@ class Ledger:
     def __init__(self, clock: Clock, *, counted: bool) -> None:
         self._clock = clock
         self._counted = counted
+        self._started_seconds = clock.monotonic()
+        self._former_seconds = 0.0  # of the processes that this run was resumed from
         self.wall_seconds: defaultdict[str, float] = defaultdict(float)
         self.passes: defaultdict[str, float] = defaultdict(float)
         self.verdicts: Counter[Verdict] = Counter()
@@ -63,13 +66,18 @@ class Ledger:
         """Proposals that moved weights, whatever became of them."""
         return sum(self.verdicts[verdict] for verdict in APPLIED_VERDICTS)
 
+    def start(self) -> None:
+        """The run's own time begins now: data and model are ready."""
+        self._started_seconds = self._clock.monotonic()
+
     @property
     def total_seconds(self) -> float:
-        """Wall seconds of all purposes."""
-        return sum(seconds for purpose, seconds in self.wall_seconds.items() if purpose != DATA)
+        """Wall seconds of the run so far, over all its processes; time between them does not count."""
+        return self._former_seconds + self._clock.monotonic() - self._started_seconds
 
     def to_json(self) -> dict[str, object]:
         return {
+            "total_seconds": self.total_seconds,
             "wall_seconds": dict(self.wall_seconds),
             "passes": dict(self.passes),
             "verdicts": {verdict.value: count for verdict, count in self.verdicts.items()},
@@ -78,10 +86,11 @@ class Ledger:
             "cosines": self.cosines,
         }
 
-    def load(self, values: dict[str, dict[str, float]]) -> None:
+    def load(self, values: dict[str, Any]) -> None:
+        self._former_seconds = float(values["total_seconds"])
         self.wall_seconds.update(values["wall_seconds"])
         self.passes.update(values["passes"])
         self.verdicts.update({Verdict(name): int(count) for name, count in values["verdicts"].items()})
-        self.virtual_steps = int(values["virtual_steps"])  # type: ignore[call-overload]
-        self.lost_steps = int(values["lost_steps"])  # type: ignore[call-overload]
-        self.cosines = list(values["cosines"])  # type: ignore[arg-type]
+        self.virtual_steps = int(values["virtual_steps"])
+        self.lost_steps = int(values["lost_steps"])
+        self.cosines = list(values["cosines"])

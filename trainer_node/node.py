@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -89,8 +88,13 @@ def run_trainer(job: TrainerJob, stop: threading.Event) -> int:
         )
         if start_from is not None:
             housekeeping.load(checkpoint.load(start_from, loop))
-        node.begin(loop, task, resumed_from=start_from.name if start_from else "")
-        started = time.perf_counter()
+        node.begin(
+            loop,
+            task,
+            held_out=housekeeping.last_loss,
+            resumed_from=start_from.name if start_from else "",
+        )
+        loop.ledger.start()
         if start_from is None:
             housekeeping.begin(loop)
         loop.run()
@@ -98,15 +102,7 @@ def run_trainer(job: TrainerJob, stop: threading.Event) -> int:
         housekeeping.end(loop, emergency=not finished)
         status = "finished" if finished else "stopped"
         node.emit(RunEnded(step=loop.progress.step, reason=status))
-        seconds_total = time.perf_counter() - started
-        summary = build_summary(
-            loop,
-            housekeeping,
-            run_id=job.run.run_id,
-            status=status,
-            seconds_total=seconds_total,
-            late=node.late,
-        )
+        summary = build_summary(loop, housekeeping, run_id=job.run.run_id, status=status, late=node.late)
         write_summary(job.run.summary, summary)
     if node.fenced is not None:
         raise node.fenced
@@ -154,7 +150,7 @@ class _Connection:
         self._open.callback(self._inbox.close)
         return self._inbox
 
-    def begin(self, loop: Loop, task: Task, *, resumed_from: str) -> None:
+    def begin(self, loop: Loop, task: Task, *, held_out: float, resumed_from: str) -> None:
         """From here on things are written: metrics, event files, messages."""
         settings = self._job.settings
         sinks = MetricSinks(self._job.run.metrics, self._job.run.tensorboard, self.alarm)
@@ -164,6 +160,7 @@ class _Connection:
             units_per_step=task.units_per_step,
             unit=task.unit,
         )
+        display.start_from(loop.ledger.verdicts, loop.ledger.virtual_steps, held_out)
         self._open.callback(display.close)
         if task.tokenizer_path is not None:
             shutil.copyfile(task.tokenizer_path, self._job.run.tokenizer)
@@ -206,8 +203,8 @@ class _Connection:
         )
 
     def repeat_start_if_lost(self) -> None:
-        """A server that lost its data no longer says which run this is: say it again."""
-        resets = self._inbox.resets if self._inbox else 0
+        """A server that lost or trimmed its data no longer says which run this is: say it again."""
+        resets = self._inbox.resets + self._inbox.trims if self._inbox else 0
         if resets > self._resets and self._started is not None:
             self._resets = resets
             self.emit(replace(self._started, first_step=self.step))

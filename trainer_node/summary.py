@@ -23,10 +23,11 @@ _PACKAGES = ("hybrid-predict-trainer", "torch", "numpy", "redis", "msgpack", "to
 
 
 def build_summary(
-    loop: Loop, housekeeping: Housekeeping, *, run_id: str, status: str, seconds_total: float, late: int
+    loop: Loop, housekeeping: Housekeeping, *, run_id: str, status: str, late: int
 ) -> dict[str, Any]:
-    """`seconds_total` is wall time of this process's training, `late` the decisions that came too late."""
+    """Over all processes of the run; `late` counts the decisions that came too late to this one."""
     ledger, wall = loop.ledger, loop.ledger.wall_seconds
+    seconds_total = ledger.total_seconds
     executed_steps = loop.progress.step + ledger.lost_steps
     seconds_in_steps = wall[purposes.STEPS]
     virtual_steps = ledger.virtual_steps
