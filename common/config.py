@@ -24,6 +24,7 @@ from common.errors import SettingsError
 from common.settings import RunSettings
 
 T = TypeVar("T")
+MIN_LOSSES = 8  # of the line fit in trainer_node/verify.py
 
 
 def preset_names() -> list[str]:
@@ -166,6 +167,11 @@ def _check_together(settings: RunSettings) -> None:
     if model.width % model.heads:
         raise SettingsError(
             f"trainer.model.heads = {model.heads} must divide trainer.model.width = {model.width}"
+        )
+    if trainer.statistics_steps + trainer.window_steps < MIN_LOSSES:
+        raise SettingsError(
+            f"trainer.statistics_steps + trainer.window_steps must be at least {MIN_LOSSES}: the forecast"
+            " that judges the first jump needs as many losses"
         )
     if trainer.schedule.warmup_steps > trainer.steps:
         raise SettingsError(

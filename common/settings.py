@@ -69,8 +69,8 @@ class OptimizerSettings:
     name: str = setting(
         "muon", "muon = Muon for hidden matrices, AdamW for the rest", choices=("adamw", "muon")
     )
-    rate: float = setting(3e-3, "peak learning rate of AdamW", low=0.0, high=10.0)
-    muon_rate: float = setting(2e-2, "peak learning rate of Muon", low=0.0, high=10.0)
+    rate: float = setting(1e-2, "peak learning rate of AdamW", low=0.0, high=10.0)
+    muon_rate: float = setting(1e-2, "peak learning rate of Muon", low=0.0, high=10.0)
     beta1: float = setting(0.9, "AdamW first-moment decay", low=0.0, high=0.9999)
     beta2: float = setting(0.95, "AdamW second-moment decay", low=0.0, high=0.99999)
     muon_momentum: float = setting(0.95, "Muon momentum", low=0.0, high=0.9999)
@@ -92,7 +92,11 @@ class BasisSettings:
         20, "time constant of the averaged weights, steps; 0 = no averaging", low=0, high=1 << 20
     )
     slow_momentum: float = setting(0.6, "decay of the slow drift per window", low=0.0, high=0.9999)
-    dtype: str = setting("fp32", "storage of the directions", choices=("fp32", "bf16"))
+    dtype: str = setting(
+        "fp32",
+        "storage of the directions; bf16 halves it and suits windows up to about 100 steps",
+        choices=("fp32", "bf16"),
+    )
     sample_size: int = setting(
         4096, "weights per group used for projections and cosines", low=16, high=1 << 22
     )

@@ -35,10 +35,7 @@ def prepare_task(settings: TrainerSettings) -> Task:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     device = choose_device(settings)
-    task = build_task(settings, device)
-    if settings.compile and device.type == "cuda":
-        task.model.compile()
-    return task
+    return build_task(settings, device)
 
 
 def build_loop(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -129,6 +130,7 @@ def train(
       trainer-node train --redis redis://localhost:6379 --run-id first
       trainer-node train --redis unix:///tmp/redis.sock --run-id again --decisions runs/first/recording.hpt
     """
+    _share_cores_politely()
     settings = _resolve(preset, config_file, data, steps, seed, overrides)
     chosen_id = _run_id(run_id, preset, config_file)
     stop = threading.Event()
@@ -147,6 +149,16 @@ def train(
         run=run, settings=settings, redis_url=redis_url, decisions_file=decisions_file, resume=resume
     )
     raise click.exceptions.Exit(run_trainer(job, stop))
+
+
+def _share_cores_politely() -> None:
+    """Before torch is loaded: let idle OpenMP threads sleep soon instead of spinning.
+
+    Measured on 2 cores, `nano`, seconds a step alone / beside an equal process (2026-11-20): libgomp's
+    default 0.122 / over 2.4, 3000 turns 0.120 / 0.39, passive waiting 0.175 / 0.43.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 @cli.command()

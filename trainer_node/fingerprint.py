@@ -1,6 +1,6 @@
 """A fingerprint of tensors: equal bits give equal text; a changed bit changes it.
 
-Per tensor x, read as unsigned words w_0..w_{n-1}: S1 = sum w_i and S2 = sum (2i+1) w_i, both
+Per tensor x, read as signed words w_0..w_{n-1}: S1 = sum w_i and S2 = sum (2i+1) w_i, both
 modulo 2^64. Odd multipliers are invertible modulo 2^64, so any change of one element is seen for
 certain; changes of several cancel in both sums with probability of about 2^-64. Integer sums do
 not depend on order, so the result is the same on CPU and GPU and costs two passes and one copy

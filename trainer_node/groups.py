@@ -65,7 +65,7 @@ def _block_index(name: str) -> int | None:
 
 
 def _group_name(name: str, num_blocks: int) -> str:
-    kind = next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")
+    kind = next((kind for kind, pattern in _KINDS if pattern.search(name.lower())), "other")
     index = _block_index(name)
     if index is None or num_blocks < len(_THIRDS):
         return kind

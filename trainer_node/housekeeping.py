@@ -82,6 +82,7 @@ class Housekeeping:
         if self._checkpoints is None:
             return
         with loop.ledger.span(purposes.CHECKPOINTS):
+            loop.settle_observations()
             is_best = self.last_loss < self.best_loss
             self.best_loss = min(self.best_loss, self.last_loss)
             written = self._checkpoints.save(loop, self.to_json(), emergency=emergency)

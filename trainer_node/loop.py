@@ -20,7 +20,15 @@ from functools import partial
 
 import torch
 
-from common.messages import DIRECTIONS, DecisionPoint, Message, Outcome, Phase, PhaseDecision, Verdict
+from common.messages import (
+    APPLIED_VERDICTS,
+    DecisionPoint,
+    Message,
+    Outcome,
+    Phase,
+    PhaseDecision,
+    Verdict,
+)
 from common.settings import TrainerSettings
 from trainer_node import ledger as purposes
 from trainer_node import phases
@@ -28,14 +36,21 @@ from trainer_node.basis import Basis
 from trainer_node.featurize import StepFacts, note_outcome
 from trainer_node.fingerprint import fingerprint
 from trainer_node.groups import ParameterGroup
-from trainer_node.jump import Jump, JumpTools, abort_jump, blank_outcome, finish_jump, start_jump
+from trainer_node.jump import Jump, JumpTools, abort_jump, finish_jump, start_jump
 from trainer_node.ledger import TRAIN_PASSES, Ledger
 from trainer_node.links import DecisionSource
 from trainer_node.optim.build import set_rates
 from trainer_node.optim.schedule import rate_factor
-from trainer_node.phases import PhaseRules, Position
 from trainer_node.probe import Probe
-from trainer_node.progress import Progress, before_jump, first_progress, full_step_seconds, step_facts
+from trainer_node.progress import (
+    Progress,
+    before_jump,
+    first_progress,
+    outcome_without_jump,
+    phase_rules,
+    position_of,
+    step_facts,
+)
 from trainer_node.snapshot import TensorStore
 from trainer_node.step import StepTensors, autocast, mean_loss, train_step
 from trainer_node.tasks import Task
@@ -60,12 +75,7 @@ class Loop:
         self.task, self.optimizers, self.groups, self.settings = task, optimizers, groups, settings
         self.basis, self.links, self.emit, self.ledger = basis, links, emit, ledger
         self.generation = generation
-        self.rules = PhaseRules(
-            statistics_steps=settings.statistics_steps,
-            window_steps=settings.window_steps,
-            probation_steps=settings.probation_steps,
-            total_steps=settings.steps,
-        )
+        self.rules = phase_rules(settings)
         self.progress = first_progress(self.rules)
         self.stop_requested = False
         self._housekeeping = housekeeping
@@ -105,6 +115,10 @@ class Loop:
     def is_calm(self) -> bool:
         """No jump is on probation and no decision is due: the state is complete and may be saved."""
         return self._jump is None and not self.progress.phase.is_decision_point
+
+    def settle_observations(self) -> None:
+        """Wait for the numbers of all steps taken: before the state is saved."""
+        self._tell_observations(wait=True)
 
     def _come_to_rest(self) -> None:
         """To a state that may be saved: out of probation by a restore, past a decision point."""
@@ -164,8 +178,13 @@ class Loop:
                 self._fingerprint = fingerprint(self.basis.parameters)
                 point = self.basis.close_window(window=progress.phase.windows, fingerprint=self._fingerprint)
             self._remember_norms(point)
-        wait = at_point or progress.phase.is_judgement_point or progress.step == self.settings.steps
-        for observation in self._probe.collect(progress.features, wait=wait, decision_point=point):
+        # In lockstep what is in a message must not depend on when a copy arrived.
+        wait = at_point or progress.phase.is_judgement_point or self.settings.decision_mode == "lockstep"
+        self._tell_observations(wait=wait, decision_point=point)
+
+    def _tell_observations(self, *, wait: bool, decision_point: DecisionPoint | None = None) -> None:
+        progress = self.progress
+        for observation in self._probe.collect(progress.features, wait=wait, decision_point=decision_point):
             progress.recent_losses.append(observation.features[0])
             self.emit(observation)
 
@@ -192,7 +211,7 @@ class Loop:
             )
         verdict = phases.objection(
             decision,
-            position=self._position(),
+            position=position_of(progress, self.generation, self._fingerprint, self.basis.num_groups),
             state=progress.phase,
             rules=self.rules,
             veto=self.links.veto(),
@@ -212,20 +231,8 @@ class Loop:
             progress.phase = phases.after_decision(progress.phase, decision.decision_id, self.rules)
 
     def _go_on(self, decision: PhaseDecision | None, verdict: Verdict, waiting_seconds: float) -> None:
-        progress = self.progress
-        decision_id = decision.decision_id if decision else f"{progress.step}.{progress.attempt}"
-        self._after_outcome(
-            blank_outcome(
-                decision_id,
-                verdict,
-                step=progress.step,
-                attempt=progress.attempt,
-                horizon_steps=decision.horizon_steps if decision else 0,
-                waiting_seconds=waiting_seconds,
-                full_step_seconds=full_step_seconds(progress),
-            )
-        )
-        progress.phase = phases.after_decision(progress.phase, None, self.rules)
+        self._after_outcome(outcome_without_jump(self.progress, decision, verdict, waiting_seconds))
+        self.progress.phase = phases.after_decision(self.progress.phase, None, self.rules)
         self._begin_window()
 
     def _settle(self, outcome: Outcome) -> None:
@@ -243,7 +250,7 @@ class Loop:
 
     def _after_outcome(self, outcome: Outcome) -> None:
         self.ledger.note(outcome)
-        if outcome.delta_norm > 0:
+        if outcome.verdict in APPLIED_VERDICTS:
             note_outcome(
                 self.progress.features,
                 outcome,
@@ -285,14 +292,3 @@ class Loop:
         if self.settings.decision_mode == "lockstep":
             return None
         return self.settings.decision_wait_share * statistics.median(self._step_wall_seconds or [0.0])
-
-    def _position(self) -> Position:
-        assert self.basis is not None
-        return Position(
-            generation=self.generation,
-            step=self.progress.step,
-            attempt=self.progress.attempt,
-            fingerprint=self._fingerprint,
-            num_groups=self.basis.num_groups,
-            num_directions=len(DIRECTIONS),
-        )

@@ -11,12 +11,12 @@ import statistics
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 
-from common.messages import Phase
+from common.messages import DIRECTIONS, Outcome, Phase, PhaseDecision, Verdict
 from common.settings import TrainerSettings
 from trainer_node.featurize import FeatureState, StepFacts
-from trainer_node.jump import Before
+from trainer_node.jump import Before, blank_outcome
 from trainer_node.optim.schedule import decay_start_step
-from trainer_node.phases import PhaseRules, PhaseState, first_state
+from trainer_node.phases import PhaseRules, PhaseState, Position, first_state
 from trainer_node.tasks import Task
 from trainer_node.verify import MIN_FIT_POINTS
 
@@ -40,6 +40,26 @@ class Progress:
             "features": self.features.to_json(),
             "recent_losses": list(self.recent_losses),
         }
+
+
+def phase_rules(settings: TrainerSettings) -> PhaseRules:
+    return PhaseRules(
+        statistics_steps=settings.statistics_steps,
+        window_steps=settings.window_steps,
+        probation_steps=settings.probation_steps,
+        total_steps=settings.steps,
+    )
+
+
+def position_of(progress: Progress, generation: int, fingerprint: str, num_groups: int) -> Position:
+    return Position(
+        generation=generation,
+        step=progress.step,
+        attempt=progress.attempt,
+        fingerprint=fingerprint,
+        num_groups=num_groups,
+        num_directions=len(DIRECTIONS),
+    )
 
 
 def first_progress(rules: PhaseRules) -> Progress:
@@ -108,6 +128,21 @@ def before_jump(progress: Progress, waiting_seconds: float) -> Before:
         first_loss=progress.features.first_loss,
         # Noise of a single loss from successive differences: a trend does not inflate it.
         loss_noise=statistics.pstdev(changes) / math.sqrt(2) if len(changes) > 1 else 0.0,
+        waiting_seconds=waiting_seconds,
+        full_step_seconds=full_step_seconds(progress),
+    )
+
+
+def outcome_without_jump(
+    progress: Progress, decision: PhaseDecision | None, verdict: Verdict, waiting_seconds: float
+) -> Outcome:
+    """Of a decision point that the run passed as it was."""
+    return blank_outcome(
+        decision.decision_id if decision else f"{progress.step}.{progress.attempt}",
+        verdict,
+        step=progress.step,
+        attempt=progress.attempt,
+        horizon_steps=decision.horizon_steps if decision else 0,
         waiting_seconds=waiting_seconds,
         full_step_seconds=full_step_seconds(progress),
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from common.errors import UserError
 from trainer_node.checkpoint import load_weights
 from trainer_node.run_folder import newest_checkpoint, open_existing
 from trainer_node.sample import generate
 from trainer_node.tasks import build_model
+from trainer_node.tokens import load_tokenizer
 
 
 def sample_run(
@@ -27,10 +27,7 @@ def sample_run(
     folder, _ = newest_checkpoint(run, with_predictor=False)
     model = build_model(settings.trainer, torch.device("cpu"))
     load_weights(folder, model)
-    try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise UserError(f"{tokenizer_file}: is damaged ({error}); copy it from the data cache") from None
+    tokenizer = load_tokenizer(tokenizer_file)
     return generate(
         model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
     )

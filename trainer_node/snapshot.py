@@ -36,7 +36,13 @@ class MemoryStore:
 
     def save(self, tensors: Sequence[Tensor]) -> None:
         if [(c.shape, c.dtype) for c in self._copies] != [(t.shape, t.dtype) for t in tensors]:
-            self._copies = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in tensors]
+            try:
+                self._copies = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in tensors]
+            except RuntimeError as error:  # what torch raises when host memory is short
+                self._copies = []
+                raise EnvironmentFault(
+                    f"no snapshot: {error}; set trainer.checkpoint.snapshot = disk"
+                ) from None
         for copy, tensor in zip(self._copies, tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)
         _synchronize(tensors)
@@ -83,7 +89,10 @@ class DiskStore:
             )  # fmt: skip
             view = memoryview(_host_bytes(target))
             while view:
-                count = self._file.readinto(view)  # type: ignore[attr-defined]
+                try:
+                    count = self._file.readinto(view)  # type: ignore[attr-defined]
+                except OSError as error:
+                    raise EnvironmentFault(f"snapshot not readable: {error}; resume the run") from None
                 if not count:
                     raise EnvironmentFault("the snapshot file was cut short; resume from the last checkpoint")
                 view = view[count:]

@@ -30,7 +30,7 @@ from trainer_node.groups import parameter_groups
 from trainer_node.links import NoDecisions
 from trainer_node.loop import Loop
 from trainer_node.probe import Probe
-from trainer_node.progress import first_progress, step_facts
+from trainer_node.progress import first_progress, phase_rules, step_facts
 from trainer_node.step import StepTensors, gradient_norms
 from trainer_node.tasks import build_model
 
@@ -60,7 +60,7 @@ def large_shapes() -> dict[str, Any]:
     model = build_model(settings.trainer, torch.device("cpu"))
     groups = parameter_groups(model)
     task = prepare_task(load_settings(preset="digits").trainer)
-    progress = first_progress(build_loop_rules(settings))
+    progress = first_progress(phase_rules(settings.trainer))
     facts = step_facts(progress, task, settings.trainer, rate_factor=1.0, step_seconds=1.0, data_seconds=0.0)
     probe, state, outbox = Probe([], None), FeatureState(), make_outbox()
     tensors = StepTensors(torch.tensor(3.0), torch.rand(len(groups)), torch.tensor(1.0))
@@ -84,13 +84,6 @@ def large_shapes() -> dict[str, Any]:
         "norm_kernels_us": microseconds(lambda: gradient_norms(groups), 5),
         "averages_us": microseconds(averages.after_step, 5),
     }
-
-
-def build_loop_rules(settings: Any) -> Any:
-    from trainer_node.phases import PhaseRules
-
-    trainer = settings.trainer
-    return PhaseRules(trainer.statistics_steps, trainer.window_steps, trainer.probation_steps, trainer.steps)
 
 
 def nano() -> dict[str, Any]:

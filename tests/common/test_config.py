@@ -50,6 +50,13 @@ def test_a_bad_setting_is_one_line_that_names_the_cure(override: str) -> None:
     assert error.value.exit_code == 2
 
 
+def test_a_first_jump_without_enough_losses_to_judge_it_is_refused_at_once() -> None:
+    short = ["trainer.statistics_steps=4", "trainer.window_steps=3"]
+    with pytest.raises(SettingsError, match="must be at least 8"):
+        load_settings(preset="nano", overrides=short)
+    load_settings(preset="nano", overrides=["trainer.statistics_steps=4", "trainer.window_steps=4"])
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_survives_being_written_and_read(name: str) -> None:
     settings = load_settings(preset=name)
