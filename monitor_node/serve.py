@@ -132,10 +132,18 @@ def _open_recording(
     if file is None:
         return None, ""
     try:
+        _make_folder(file)  # the trainer may not have made the run's folder yet
         return RecordingWriter(file, run_id=run_id, created_unix_seconds=around.clock.unix()), ""
     except HybridError as error:
         around.log.event("recording_failed", level="error", error=str(error))
         return None, str(error)
+
+
+def _make_folder(file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"{file.parent}: cannot be made: {error.strerror}") from None
 
 
 def _next_generation(bus: Bus, recorded: Mapping[str, EntryId], stop: threading.Event, clock: Clock) -> int:

@@ -1,4 +1,4 @@
-"""Turns G x K coefficients into moved weights. The only code that writes weights besides the optimizer.
+"""Turns G x K coefficients into moved weights. The only code that moves weights besides the optimizer.
 
 delta_theta = sum_k c[g, k] d[g, k], added in place, one parameter at a time. Undoing is not this
 file's business: adding and subtracting a delta is not exact, so snapshot.py restores.

@@ -129,7 +129,8 @@ def test_a_password_is_never_printed(server_url: str) -> None:
 def test_serve_shows_the_page_records_the_run_and_stops_with_its_parent(
     run: Bus, server_url: str, run_id: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    address, recording = tmp_path / "page.address", tmp_path / "recording.hpt"
+    # In compose the monitor is there before the trainer has made the folder of the run.
+    address, recording = tmp_path / "page.address", tmp_path / "runs" / run_id / "recording.hpt"
     process = start(
         "serve", "--redis", server_url, "--run-id", run_id, "--address-file", str(address),
         "--record", str(recording), "--stop-with-parent",
