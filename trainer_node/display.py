@@ -37,9 +37,11 @@ class Display:
         self._times: list[tuple[float, int]] = [(time.monotonic(), 0)]
         self._real_steps = 0
         self._last_line_seconds = time.monotonic()
+        self._is_narrow = self._console.width < 112
+        bar = () if self._is_narrow else (BarColumn(bar_width=20),)
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            *bar,
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[numbers]}"),
             console=self._console,
@@ -74,7 +76,7 @@ class Display:
             case Evaluation():
                 self._held_out = message.loss
             case Alert():
-                self._console.print(f"{message.severity}: {message.text}", markup=False)
+                self._console.print(f"{message.severity}: {message.text}", markup=False, soft_wrap=True)
 
     def numbers(self) -> str:
         """The part of the line that changes, e.g. for tests."""
@@ -83,8 +85,9 @@ class Display:
         left = self._total_steps - self._step
         eta = f"{int(left / rate) // 60}:{int(left / rate) % 60:02d}" if rate > 0 else "-"
         share = self._virtual_steps / max(1, self._virtual_steps + self._step)
+        held_out = "/" if self._is_narrow else " held-out "
         return (
-            f"loss {self._loss:.3f} held-out {self._held_out:.3f}"
+            f"loss {self._loss:.3f}{held_out}{self._held_out:.3f}"
             f" {rate * self._units_per_step:,.0f} {self._unit}/s ETA {eta}"
             f" virtual {share:.0%} ✓{self._accepted} ✗{self._refused}"
         )
@@ -100,7 +103,9 @@ class Display:
         elif time.monotonic() - self._last_line_seconds > _LINE_SECONDS:
             self._last_line_seconds = time.monotonic()
             self._console.print(
-                f"step {self._step}/{self._total_steps} {self._phase:<7} {self.numbers()}", markup=False
+                f"step {self._step}/{self._total_steps} {self._phase:<7} {self.numbers()}",
+                markup=False,
+                soft_wrap=True,
             )
 
     def close(self) -> None:

@@ -12,11 +12,11 @@ from tests.trainer.tiny import ScriptedLinks, tiny_loop, tiny_settings
 from trainer_node.display import Display
 
 
-def shown(*, terminal: bool) -> tuple[str, Display, ScriptedLinks]:
+def shown(*, terminal: bool, width: int = 160) -> tuple[str, Display, ScriptedLinks]:
     links = ScriptedLinks(answer=lambda o: proposal(o, drift=0.2))
     tiny_loop(links, tiny_settings("trainer.verify.tolerance=100.0")).run()
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=terminal, width=160)
+    console = Console(file=screen, force_terminal=terminal, width=width)
     display = Display(total_steps=60, first_step=0, units_per_step=16, unit="images", console=console)
     for message in links.said:
         display.put(message)
@@ -47,3 +47,10 @@ def test_the_bar_shows_phase_step_loss_rate_eta_share_and_verdicts() -> None:
 def test_an_alert_is_shown_as_text_even_with_brackets() -> None:
     text, _, _ = shown(terminal=False)
     assert "error: disk [full]" in text
+
+
+def test_nothing_is_cut_off_on_a_terminal_of_80_columns() -> None:
+    text, display, _ = shown(terminal=True, width=80)
+    assert display.numbers() in text
+    assert "60/60" in text
+    assert "…" not in text
