@@ -15,16 +15,20 @@ from typing import Any
 import psutil
 import torch
 
-from common.messages import CheckpointRequest, Evaluation, MemoryOrder, Message, OrderDone
+from common.messages import Alert, CheckpointRequest, Evaluation, MemoryOrder, Message, OrderDone
+from common.streams import TRAINER
 from trainer_node import ledger as purposes
 from trainer_node.checkpoint import Checkpoints
 from trainer_node.loop import Loop
 from trainer_node.step import autocast, mean_loss
 
+LOST_STEPS = 8  # successive non-finite losses; a single one may pass
+
 
 class Housekeeping:
     def __init__(self, emit: Callable[[Message], None], checkpoints: Checkpoints | None) -> None:
         self._emit, self._checkpoints = emit, checkpoints
+        self._told_lost = False
         self._next_evaluation_step = 0
         self._next_checkpoint_step = 0
         self.first_loss = math.nan
@@ -46,6 +50,7 @@ class Housekeeping:
         if step >= self._next_checkpoint_step and step < settings.steps:
             self._next_checkpoint_step = step + (settings.checkpoint.every_steps or settings.steps)
             self.save(loop)
+        self._watch_for_divergence(loop)
         for order in loop.links.take_orders():
             self._obey(loop, order)
 
@@ -89,6 +94,17 @@ class Housekeeping:
             if written is not None:
                 self._checkpoints.best_name = written.name if is_best else self._checkpoints.best_name
                 self._emit(written)
+
+    def _watch_for_divergence(self, loop: Loop) -> None:
+        """Say once that the run is lost. The best checkpoint is kept, whatever comes after it."""
+        newest = list(loop.progress.recent_losses)[-LOST_STEPS:]
+        if self._told_lost or len(newest) < LOST_STEPS or any(map(math.isfinite, newest)):
+            return
+        self._told_lost = True
+        best = self._checkpoints.best_name if self._checkpoints else ""
+        kept = f"; {best} is the best checkpoint" if best else ""
+        text = f"the loss has not been finite for {LOST_STEPS} steps: stop, lower the learning rate{kept}"
+        self._emit(Alert(node=TRAINER, severity="error", kind="diverged", text=text, step=loop.progress.step))
 
     def _obey(self, loop: Loop, order: CheckpointRequest | MemoryOrder) -> None:
         before = held_bytes(loop.task.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -71,18 +72,21 @@ def build_summary(
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.write_text(
+        json.dumps(_strict(summary), indent=2, default=str, allow_nan=False) + "\n", encoding="utf-8"
+    )
     temporary.replace(path)
 
 
 def summary_lines(path: Path, run_path: Path) -> list[str]:
     """What a person wants to know at the end of a run."""
     s = json.loads(path.read_text(encoding="utf-8"))
-    fall = 1 - s["val_loss_last"] / s["val_loss_first"]
+    first, last = float(s["val_loss_first"]), float(s["val_loss_last"])
+    fall = 1 - last / first
     lines = [
         f"{s['status']} at step {s['real_steps']} in {s['seconds_total']:.0f} s"
         f" ({s['tokens_per_second']:,.0f} {s['unit']}/s, peak {s['peak_memory_bytes'] / 2**20:.0f} MiB)",
-        f"held-out loss {s['val_loss_first']:.4f} -> {s['val_loss_last']:.4f} ({fall:.0%} lower)",
+        f"held-out loss {first:.4f} -> {last:.4f} ({fall:.0%} lower)",
         f"proposals {s['proposals']}: {s['accepted']} accepted, {s['refused']} refused and restored,"
         f" {s['vetoed']} vetoed, {s['stale']} stale; {s['virtual_steps']} virtual steps"
         f" ({s['virtual_share']:.0%}), {s['lost_steps']} real steps undone",
@@ -91,6 +95,13 @@ def summary_lines(path: Path, run_path: Path) -> list[str]:
         f"everything is in {run_path}",
     ]
     return lines if s["status"] == "finished" else [*lines, f"go on with: trainer-node resume {run_path}"]
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN: a non-finite number becomes text."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def peak_memory_bytes(device: torch.device) -> int:

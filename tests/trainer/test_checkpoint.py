@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from common import sealed_folder
 from common.errors import CheckpointError
-from common.messages import CheckpointRequest, CheckpointWritten, Observation, OrderDone, Phase
+from common.messages import Alert, CheckpointRequest, CheckpointWritten, Observation, OrderDone, Phase
 from tests.trainer.test_loop import proposal
 from tests.trainer.tiny import ScriptedLinks, same_bits, tiny_loop, tiny_settings, weights_of
 from trainer_node import checkpoint
@@ -190,3 +191,25 @@ def test_a_manifest_cannot_reach_outside_its_folder(saved: Path, tmp_path: Path)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError):
         sealed_folder.verify(folder)
+
+
+def test_a_run_whose_loss_is_lost_says_so_once_and_keeps_its_best_checkpoint(tmp_path: Path) -> None:
+    links = ScriptedLinks()
+    checkpoints = Checkpoints(tmp_path, keep=1, on_failure=pytest.fail)
+    housekeeping = Housekeeping(links.emit, checkpoints)
+
+    def poison(loop: Loop) -> None:
+        housekeeping(loop)
+        if loop.progress.step == 25:
+            with torch.no_grad():
+                next(iter(loop.task.model.parameters())).fill_(float("nan"))
+
+    loop = tiny_loop(links, tiny_settings("predictor.enabled=false"), housekeeping=poison)
+    housekeeping.begin(loop)
+    loop.run()
+    checkpoints.close()
+    alerts = [a for a in links.of(Alert) if a.kind == "diverged"]
+    assert len(alerts) == 1
+    assert checkpoints.best_name in alerts[0].text
+    weights = load_file(tmp_path / checkpoints.best_name / "model.safetensors")
+    assert all(bool(torch.isfinite(t).all()) for t in weights.values())
