@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_CHUNK_WORDS = 1 << 20  # bounds the temporary int64 copy to 8 MiB
+_CHUNK_WORDS = 1 << 18  # bounds the temporary int64 copies to 2 MiB each
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

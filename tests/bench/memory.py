@@ -1,8 +1,9 @@
 """Peak memory of the trainer with and without the basis: `python -m tests.bench.memory [--json FILE]`.
 
-A 25M-parameter GPT on the default data, AdamW, CPU, jumps applied and judged, snapshots on disk (the
-default on CPU) or in memory. Each case is a process of its own; its peak resident set is compared with that of
-the same training without prediction, in units of the weights' bytes. Prints; asserts nothing.
+A 25M-parameter GPT on the default data, AdamW, CPU, 1024 tokens a step, jumps applied and judged,
+snapshots on disk (the default on CPU) or in memory. Each case is a process of its own; its peak
+resident set is compared with that of the same training without prediction, in units of the weights'
+bytes. Asserts nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from common.config import load_settings
 from common.messages import Controls, Message, Observation, Phase, PhaseDecision, Verdict
 
 SIZE = (
-    "trainer.steps=40", "trainer.statistics_steps=8", "trainer.window_steps=4", "trainer.probation_steps=4",
+    "trainer.steps=24", "trainer.statistics_steps=8", "trainer.window_steps=4", "trainer.probation_steps=4",
     "trainer.schedule.warmup_steps=2", "trainer.model.layers=8", "trainer.model.width=512",
-    "trainer.model.heads=8", "trainer.batch.sequences=4", "trainer.optimizer.name=adamw",
+    "trainer.model.heads=8", "trainer.batch.sequences=8", "trainer.optimizer.name=adamw",
     "trainer.optimizer.rate=0.0003", "trainer.verify.tolerance=100.0",
 )  # fmt: skip
 CASES = {

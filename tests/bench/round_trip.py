@@ -2,7 +2,8 @@
 
 Trainer side in this process (outbox and inbox as in a run), a private real server, and a real
 `predictor-node serve` process with the fixed policy. Time from handing over the observation of a
-decision point to having its decision. Prints percentiles; asserts nothing.
+decision point to having its decision; steps are a millisecond apart, as short as real ones get.
+Prints percentiles; asserts nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from common.publisher import Publisher
 from trainer_node.inbox import Inbox
 
 GROUPS, WINDOW = 11, 16
+STEP_SECONDS = 0.001
 
 
 def run_started(run_id: str) -> RunStarted:
@@ -99,6 +101,7 @@ def measure(decisions: int) -> list[float]:
         times = []
         for step in range(1, (decisions + 20) * WINDOW + 1):
             message = observation(step, rng)
+            time.sleep(STEP_SECONDS)
             started = time.perf_counter()
             outbox.put(message)
             if message.decision_point is not None:
