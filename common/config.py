@@ -182,6 +182,12 @@ def _check_together(settings: RunSettings) -> None:
         raise SettingsError(
             "predictor.horizon_steps is empty; to forbid prediction set predictor.enabled = false"
         )
+    host, _, port = monitor.http.rpartition(":")
+    if monitor.http and not (host and port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise SettingsError(
+            f"monitor.http = {monitor.http!r}: write it as HOST:PORT, e.g. 127.0.0.1:8080; port 0 = any free"
+            " one, empty = no page"
+        )
     if monitor.silent_seconds <= monitor.heartbeat_seconds:
         raise SettingsError("monitor.silent_seconds must be above monitor.heartbeat_seconds")
     if monitor.cleanup_bytes and monitor.emergency_bytes and monitor.cleanup_bytes >= monitor.emergency_bytes:

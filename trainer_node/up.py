@@ -178,6 +178,18 @@ class Nodes:
             self._start(child)
 
 
+def _why(child: Child) -> str:
+    """The exit code, and the last words of its log if they are for people."""
+    assert child.process is not None
+    code = f"code {child.process.returncode}"
+    with contextlib.suppress(OSError, IndexError):
+        if child.log is not None and (
+            line := child.log.read_text(encoding="utf-8", errors="replace").splitlines()[-1]
+        ).startswith(f"{child.name}-node: "):
+            return f"{code}: {line.partition(': ')[2]}"
+    return code
+
+
 def _show_page(nodes: Nodes, run: RunFolder, settings: RunSettings) -> None:
     """Say where the live page is, once the monitor has a port. A missing page is no reason to stop."""
     if not settings.monitor.http:
@@ -188,9 +200,11 @@ def _show_page(nodes: Nodes, run: RunFolder, settings: RunSettings) -> None:
             if address := nodes.page_address.read_text(encoding="utf-8").strip():
                 click.echo(f"page   {address}", err=True)
                 return
-        trainer = nodes.trainer.process
+        trainer, monitor = nodes.trainer.process, nodes.helpers[0].process
         if trainer is not None and trainer.poll() is not None:
             return
+        if monitor is not None and monitor.poll() is not None:
+            break
         time.sleep(POLL_SECONDS)
     click.echo(f"page   not available; see {run.logs / 'monitor.log'}", err=True)
 
