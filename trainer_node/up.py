@@ -169,9 +169,8 @@ class Nodes:
         if not child.restart_at_seconds:
             pause = RESTART_PAUSES_SECONDS[min(child.restarts, len(RESTART_PAUSES_SECONDS) - 1)]
             child.restart_at_seconds = now + pause
-            click.echo(
-                f"the {child.name} ended (code {child.process.returncode}); training goes on", err=True
-            )
+            if child.restarts < len(RESTART_PAUSES_SECONDS):  # then it has been said often enough
+                click.echo(f"the {child.name} ended ({_why(child)}); training goes on", err=True)
         elif now >= child.restart_at_seconds:
             child.restarts += 1
             child.restart_at_seconds = 0.0
