@@ -55,8 +55,10 @@ def build_loop(
     groups = parameter_groups(task.model)
     basis = store = None
     if settings.predictor.enabled:
-        basis = Basis(groups, optimizers, trainer.basis, seed=trainer.seed)
-        store = make_store(trainer.checkpoint.snapshot, task.device, snapshot_folder)
+        park, store = (
+            make_store(trainer.checkpoint.snapshot, task.device, snapshot_folder) for _ in range(2)
+        )
+        basis = Basis(groups, optimizers, trainer.basis, seed=trainer.seed, park=park)
     return Loop(
         task,
         optimizers,

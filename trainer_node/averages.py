@@ -4,18 +4,21 @@ Owns, per parameter theta: the exponential average a (time constant n steps), th
 the window began, and the slow drift b <- mu b + drift, taken once per window (AdEMAMix-like
 memory; with n = 0 it is the outer momentum of SNOO). Reads weights, never writes them.
 
-ExactAverages keeps a, a at the window's start, and b in the dtype of the weights: 3 x weights.
+ExactAverages keeps a, a at the window's start, and b in the dtype of the weights: 3 x weights, of which
+the middle one is parked in a store (host memory of a GPU, a file on CPU): no step needs it.
 CompactAverages keeps a - theta, the drift and b in bfloat16: 1.5 x weights. An average itself
 cannot live in bfloat16 (one step moves it by less than half a unit in the last place), but its
 distance to the weights can; the price is one copy of the weights during optimizer.step, when
 activations are gone, and more memory traffic.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from trainer_node.snapshot import MemoryStore, TensorStore
 
 
 class Averages(Protocol):
@@ -42,24 +45,45 @@ class Averages(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """All state by name, for checkpoints."""
 
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """The reverse of `tensors`."""
+
+    def bytes_held(self) -> int:
+        """Device memory on a GPU, process memory on CPU."""
+
     def moving_tensors(self) -> list[Tensor]:
         """What a snapshot must hold. The drift need not be there: a window begins after a restore."""
 
 
 def make_averages(
-    parameters: Sequence[Tensor], *, average_steps: int, slow_momentum: float, dtype: str
+    parameters: Sequence[Tensor],
+    *,
+    average_steps: int,
+    slow_momentum: float,
+    dtype: str,
+    park: TensorStore | None = None,
 ) -> Averages:
-    kind = CompactAverages if dtype == "bf16" else ExactAverages
-    return kind(parameters, average_steps=average_steps, slow_momentum=slow_momentum)
+    if dtype == "bf16":
+        return CompactAverages(parameters, average_steps=average_steps, slow_momentum=slow_momentum)
+    return ExactAverages(parameters, average_steps=average_steps, slow_momentum=slow_momentum, park=park)
 
 
 class ExactAverages:
-    def __init__(self, parameters: Sequence[Tensor], *, average_steps: int, slow_momentum: float) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        average_steps: int,
+        slow_momentum: float,
+        park: TensorStore | None = None,
+    ) -> None:
+        """`park` keeps the average of the window's start, which no step needs; default: process memory."""
         self._parameters = [p.detach() for p in parameters]
         self._weight = 1.0 / max(1, average_steps)
         self._slow_momentum = slow_momentum
         self._average = [p.clone() for p in self._parameters]
-        self._window_start = [p.clone() for p in self._parameters]
+        self._park = park or MemoryStore()
+        self._park.save(self._average)
         self._slow = [torch.zeros_like(p) for p in self._parameters]
 
     def before_step(self) -> None:
@@ -71,16 +95,17 @@ class ExactAverages:
 
     @torch.no_grad()
     def begin_window(self) -> None:
-        torch._foreach_copy_(self._window_start, self._average)
+        self._park.save(self._average)
 
     @torch.no_grad()
     def end_window(self) -> None:
-        for slow, average, start in zip(self._slow, self._average, self._window_start, strict=True):
+        for index, slow in enumerate(self._slow):
             # The difference first: added to an average, a small drift would lose its last bits.
-            slow.mul_(self._slow_momentum).add_(average - start)
+            slow.mul_(self._slow_momentum).add_(self.drift(index))
 
     def drift(self, index: int) -> Tensor:
-        return self._average[index] - self._window_start[index]
+        average = self._average[index]
+        return average - self._park.read(index).to(average.device)
 
     def slow_drift(self, index: int) -> Tensor:
         return self._slow[index]
@@ -92,7 +117,18 @@ class ExactAverages:
         self._average[index].add_(delta)
 
     def tensors(self) -> dict[str, Tensor]:
-        return _named(average=self._average, window_start=self._window_start, slow=self._slow)
+        start = [self._park.read(index) for index in range(len(self._average))]
+        return _named(average=self._average, window_start=start, slow=self._slow)
+
+    @torch.no_grad()
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        for name, tensor in _named(average=self._average, slow=self._slow).items():
+            tensor.copy_(saved[name])
+        self._park.save([saved[f"window_start.{index}"] for index in range(len(self._average))])
+
+    def bytes_held(self) -> int:
+        parked_bytes = 0 if self._average[0].is_cuda else self._park.resident_bytes
+        return _num_bytes(self._average) + _num_bytes(self._slow) + parked_bytes
 
     def moving_tensors(self) -> list[Tensor]:
         return list(self._average)
@@ -148,9 +184,21 @@ class CompactAverages:
     def tensors(self) -> dict[str, Tensor]:
         return _named(offset=self._offset, drift=self._drift, slow=self._slow)
 
+    @torch.no_grad()
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.tensors().items():
+            tensor.copy_(saved[name])
+
+    def bytes_held(self) -> int:
+        return _num_bytes(self._offset) + _num_bytes(self._drift) + _num_bytes(self._slow)
+
     def moving_tensors(self) -> list[Tensor]:
         return list(self._offset)
 
 
 def _named(**lists: list[Tensor]) -> dict[str, Tensor]:
     return {f"{name}.{index}": t for name, items in lists.items() for index, t in enumerate(items)}
+
+
+def _num_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

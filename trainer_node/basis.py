@@ -14,7 +14,7 @@ in full would cost another K x weights. Never writes a weight: delta.py does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from common.settings import BasisSettings
 from trainer_node.averages import Averages, make_averages
 from trainer_node.groups import ParameterGroup
 from trainer_node.optim.build import momentum_directions
+from trainer_node.snapshot import TensorStore
 
 K = len(DIRECTIONS)
 
@@ -37,7 +38,9 @@ class Basis:
         settings: BasisSettings,
         *,
         seed: int,
+        park: TensorStore | None = None,
     ) -> None:
+        """`park` is a store of the basis' own; process memory if there is none."""
         self.num_groups = len(groups)
         self._optimizers = list(optimizers)
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group.parameters]
@@ -48,6 +51,7 @@ class Basis:
             average_steps=settings.average_steps,
             slow_momentum=settings.slow_momentum,
             dtype=settings.dtype,
+            park=park,
         )
         self._sample = WeightSample(groups, settings.sample_size, seed=seed)
         device = self.parameters[0].device
@@ -147,8 +151,17 @@ class Basis:
     def tensors(self) -> dict[str, Tensor]:
         return {**self.averages.tensors(), "former": self._former_GKm, "has_former": self._has_former}
 
+    @torch.no_grad()
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """The reverse of `tensors`."""
+        self.averages.load(saved)
+        self._former_GKm.copy_(saved["former"])
+        self._has_former.copy_(saved["has_former"])
+
     def bytes_held(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+        """Device memory on a GPU, process memory on CPU; what is parked elsewhere does not count."""
+        samples = (self._former_GKm, self._has_former)
+        return self.averages.bytes_held() + sum(t.numel() * t.element_size() for t in samples)
 
 
 class WeightSample:

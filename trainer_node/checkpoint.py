@@ -171,8 +171,7 @@ def _load_tensors(
             raise CheckpointError(
                 f"{folder}: was written with another [trainer.basis]; resume with its config.toml"
             )
-        for name, tensor in mine.items():
-            tensor.copy_(saved[name])
+        loop.basis.load(saved)
     set_random_state(dict(tensors["random"]), loop.task.device)
 
 

@@ -25,6 +25,13 @@ class TensorStore(Protocol):
 
     def load_into(self, tensors: Sequence[Tensor]) -> None: ...
 
+    def read(self, index: int) -> Tensor:
+        """One saved tensor, on the host."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """Process memory that the saved tensors take."""
+
     def close(self) -> None: ...
 
 
@@ -52,6 +59,13 @@ class MemoryStore:
             tensor.copy_(copy, non_blocking=True)
         _synchronize(tensors)
 
+    def read(self, index: int) -> Tensor:
+        return self._copies[index]
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._copies)
+
     def close(self) -> None:
         self._copies = []
 
@@ -62,6 +76,7 @@ class DiskStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._opened: BinaryIO | None = None
+        self._saved: list[tuple[int, torch.Size, torch.dtype]] = []  # offset in the file, shape, dtype
 
     @property
     def _file(self) -> BinaryIO:
@@ -70,9 +85,11 @@ class DiskStore:
         return self._opened
 
     def save(self, tensors: Sequence[Tensor]) -> None:
+        self._saved = []
         try:
             self._file.seek(0)
             for tensor in tensors:
+                self._saved.append((self._file.tell(), tensor.shape, tensor.dtype))
                 view = memoryview(_host_bytes(tensor))
                 while view:
                     view = view[self._file.write(view) :]
@@ -82,27 +99,41 @@ class DiskStore:
             ) from None
 
     def load_into(self, tensors: Sequence[Tensor]) -> None:
-        self._file.seek(0)
-        for tensor in tensors:
-            target = tensor if tensor.device.type == "cpu" and tensor.is_contiguous() else torch.empty_like(
-                tensor, device="cpu", memory_format=torch.contiguous_format
-            )  # fmt: skip
-            view = memoryview(_host_bytes(target))
+        for index, tensor in enumerate(tensors):
+            if tensor.device.type == "cpu" and tensor.is_contiguous():
+                self._read_into(index, tensor)
+            else:
+                tensor.copy_(self.read(index))
+
+    def read(self, index: int) -> Tensor:
+        _, shape, dtype = self._saved[index]
+        tensor = torch.empty(shape, dtype=dtype)
+        self._read_into(index, tensor)
+        return tensor
+
+    def _read_into(self, index: int, target: Tensor) -> None:
+        view = memoryview(_host_bytes(target))
+        try:
+            self._file.seek(self._saved[index][0])
             while view:
-                try:
-                    count = self._file.readinto(view)  # type: ignore[attr-defined]
-                except OSError as error:
-                    raise EnvironmentFault(f"snapshot not readable: {error}; resume the run") from None
+                count = self._file.readinto(view)  # type: ignore[attr-defined]
                 if not count:
                     raise EnvironmentFault("the snapshot file was cut short; resume from the last checkpoint")
                 view = view[count:]
-            if target is not tensor:
-                tensor.copy_(target)
+        except OSError as error:
+            raise EnvironmentFault(f"snapshot not readable: {error}; resume the run") from None
+
+    @property
+    def resident_bytes(self) -> int:
+        return 0
 
     def close(self) -> None:
         if self._opened is not None:
             self._opened.close()
             self._opened = None
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def make_store(kind: str, device: torch.device, folder: Path | None) -> TensorStore:

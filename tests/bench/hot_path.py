@@ -31,6 +31,7 @@ from trainer_node.links import NoDecisions
 from trainer_node.loop import Loop
 from trainer_node.probe import Probe
 from trainer_node.progress import first_progress, phase_rules, step_facts
+from trainer_node.snapshot import MemoryStore
 from trainer_node.step import StepTensors, gradient_norms
 from trainer_node.tasks import build_model
 
@@ -76,7 +77,7 @@ def large_shapes() -> dict[str, Any]:
     parameters = [p.detach() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    averages = ExactAverages(parameters, average_steps=20, slow_momentum=0.6)
+    averages = ExactAverages(parameters, average_steps=20, slow_momentum=0.6, park=MemoryStore())
     return {
         "parameters": sum(p.numel() for p in parameters),
         "groups": len(groups),

@@ -5,6 +5,7 @@ import torch
 from tests.references import average_of, slow_drift_of
 from tests.trainer.small_job import bits, whole
 from trainer_node.averages import CompactAverages, ExactAverages, make_averages
+from trainer_node.snapshot import DiskStore
 
 KINDS = {"fp32": ExactAverages, "bf16": CompactAverages}
 BOTH = pytest.mark.parametrize("dtype", KINDS)
@@ -208,3 +209,32 @@ def test_the_state_under_its_names_is_the_live_state(dtype):
     for index in range(len(parameters)):
         assert bits(twin.drift(index)) == bits(averages.drift(index))
         assert bits(twin.slow_drift(index)) == bits(averages.slow_drift(index))
+
+
+def test_a_window_start_parked_on_disk_gives_the_same_bits_and_takes_no_memory(tmp_path):
+    """Over windows, a jump and a reload from saved tensors."""
+    torch.manual_seed(5)
+    weights = [torch.randn(7, 3), torch.randn(11)]
+    twins = [w.clone() for w in weights]
+    in_memory = ExactAverages(weights, average_steps=4, slow_momentum=0.5)
+    on_disk = ExactAverages(twins, average_steps=4, slow_momentum=0.5, park=DiskStore(tmp_path))
+    for step in range(24):
+        for weight, twin in zip(weights, twins, strict=True):
+            move = torch.randn_like(weight)
+            weight += move
+            twin += move
+        for averages in (in_memory, on_disk):
+            averages.after_step()
+            if step % 6 == 5:
+                averages.end_window()
+                averages.begin_window()
+        if step == 13:
+            on_disk = ExactAverages(twins, average_steps=4, slow_momentum=0.5, park=DiskStore(tmp_path))
+            on_disk.load(in_memory.tensors())
+        for name, tensor in in_memory.tensors().items():
+            assert torch.equal(tensor, on_disk.tensors()[name]), (step, name)
+        for index in range(2):
+            assert torch.equal(in_memory.drift(index), on_disk.drift(index))
+    weights_bytes = sum(w.numel() * w.element_size() for w in weights)
+    assert in_memory.bytes_held() == 3 * weights_bytes
+    assert on_disk.bytes_held() == 2 * weights_bytes
