@@ -46,7 +46,8 @@ def folders(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     named = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(named, key=lambda path: age_key(path.name), reverse=True)
+    # At the same step an emergency checkpoint is the later one.
+    return sorted(named, key=lambda path: (*age_key(path.name), is_emergency(path.name)), reverse=True)
 
 
 def begin(root: Path, name: str) -> Path:

@@ -121,8 +121,9 @@ class CheckpointSettings:
     every_steps: int = setting(50, "steps between checkpoints; 0 = only at the end", low=0, high=1 << 40)
     keep: int = setting(3, "newest checkpoints kept, besides best and emergency", low=1, high=10_000)
     snapshot: str = setting(
-        "auto", "where the state before a jump and the parked part of the basis live; auto = pinned host memory"
-        " on a GPU, a file on CPU",
+        "auto",
+        "where the state before a jump and the parked part of the basis live; auto = pinned host memory on a"
+        " GPU, a file on CPU",
         choices=("auto", "memory", "disk"),
     )  # fmt: skip
 

@@ -174,11 +174,12 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(
 
 
 def test_the_newest_is_of_the_highest_generation_then_step(tmp_path: Path) -> None:
-    names = ["step-00000150.gen-1", "step-00000050.gen-2", "step-00000120.gen-2.emergency", "x", "step-1.tmp"]
+    emergency, ordinary = "step-00000120.gen-2.emergency", "step-00000120.gen-2"
+    names = ["step-00000150.gen-1", "step-00000050.gen-2", emergency, ordinary, "x", "step-1.tmp"]
     for name in names:
         (tmp_path / name).mkdir()
     found = [folder.name for folder in sealed_folder.folders(tmp_path)]
-    assert found == ["step-00000120.gen-2.emergency", "step-00000050.gen-2", "step-00000150.gen-1"]
+    assert found == [emergency, ordinary, "step-00000050.gen-2", "step-00000150.gen-1"]
 
 
 def test_a_manifest_cannot_reach_outside_its_folder(saved: Path, tmp_path: Path) -> None:
