@@ -53,12 +53,14 @@ def newest(root: Path) -> Path:
 def test_k_steps_then_resume_equals_all_steps_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
     name = f"trainer.optimizer.name={optimizer}"
     whole = run_with_checkpoints(tmp_path / "whole", name)
+    random_of_whole = torch.get_rng_state()
+    torch.rand(7)  # a resume must set the generator back, not find it right by chance
     run_with_checkpoints(tmp_path / "parts", name, stop_at=33)
     resumed = run_with_checkpoints(tmp_path / "parts", name, resume=newest(tmp_path / "parts"))
     assert same_bits(weights_of(whole), weights_of(resumed))
     assert same_bits(optimizer_tensors(whole.optimizers), optimizer_tensors(resumed.optimizers))
     assert same_bits(whole.basis.tensors().values(), resumed.basis.tensors().values())
-    assert torch.equal(torch.get_rng_state(), torch.get_rng_state())
+    assert torch.equal(torch.get_rng_state(), random_of_whole)
     said = {o.step: repr(o) for o in whole.links.of(Observation)}
     again = {o.step: repr(o) for o in resumed.links.of(Observation)}
     assert again
@@ -214,3 +216,18 @@ def test_a_run_whose_loss_is_lost_says_so_once_and_keeps_its_best_checkpoint(tmp
     assert checkpoints.best_name in alerts[0].text
     weights = load_file(tmp_path / checkpoints.best_name / "model.safetensors")
     assert all(bool(torch.isfinite(t).all()) for t in weights.values())
+
+
+def test_a_checkpoint_sets_the_random_generator_back(tmp_path: Path) -> None:
+    settings = tiny_settings()
+    links = ScriptedLinks()
+    loop = tiny_loop(links, settings)
+    torch.rand(5)  # beyond the seed, so that seeding anew would not do
+    wanted = torch.get_rng_state()
+    checkpoints = Checkpoints(tmp_path, keep=1, on_failure=pytest.fail)
+    Housekeeping(links.emit, checkpoints).save(loop)
+    checkpoints.close()
+    fresh = tiny_loop(ScriptedLinks(), settings)
+    assert not torch.equal(torch.get_rng_state(), wanted)
+    checkpoint.load(newest(tmp_path), fresh)
+    assert torch.equal(torch.get_rng_state(), wanted)
