@@ -97,6 +97,24 @@ class BasisSettings:
         "storage of the directions; bf16 halves it and suits windows up to about 100 steps",
         choices=("fp32", "bf16"),
     )
+    average_share: float = setting(
+        0.0,
+        "the time constant grows: this share of the steps done so far, where that is more than average_steps",
+        low=0.0,
+        high=1.0,
+    )
+    history_snapshots: int = setting(
+        0,
+        "former weights held for the per-weight forecaster, one a window; 0 = no forecaster",
+        low=0,
+        high=64,
+    )
+    history_sample: int = setting(
+        512, "weights per group whose past the forecaster learns from", low=16, high=1 << 16
+    )
+    ablation: str = setting(
+        "none", "random = every delta becomes a random direction of the same norm", choices=("none", "random")
+    )
     sample_size: int = setting(
         4096, "weights per group used for projections and cosines", low=16, high=1 << 22
     )
@@ -104,6 +122,7 @@ class BasisSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings:
+    enabled: bool = setting(True, "false = jumps are neither checked nor judged: for races only")
     guard_batches: int = setting(1, "held-back training batches that judge a jump", low=1, high=1024)
     ruin_share: float = setting(
         0.5,
@@ -130,7 +149,7 @@ class CheckpointSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings:
-    task: str = setting("language", "built-in task", choices=("language", "digits"))
+    task: str = setting("language", "built-in task", choices=("language", "digits", "regression"))
     steps: int = setting(1000, "real steps that are kept", low=1, high=1 << 40)
     seed: int = setting(0, "of weights, data order and samples", low=0, high=(1 << 31) - 1)
     device: str = setting("auto", "auto = a GPU when there is one", choices=("auto", "cpu", "cuda"))
@@ -144,6 +163,11 @@ class TrainerSettings:
     statistics_steps: int = setting(64, "length of the WARMUP phase", low=1, high=1 << 40)
     window_steps: int = setting(16, "real steps of a FULL window", low=2, high=1 << 20)
     probation_steps: int = setting(16, "real steps of CORRECT", low=1, high=1 << 20)
+    read_out: str = setting(
+        "weights",
+        "weights evaluated and kept at the end; average = the averaged ones if the guard batches agree",
+        choices=("weights", "average"),
+    )
     evaluate_every_steps: int = setting(50, "steps between held-out losses", low=1, high=1 << 40)
     evaluation_batches: int = setting(8, "held-out batches per evaluation", low=1, high=1 << 20)
     model: ModelSettings = table(ModelSettings)
@@ -159,12 +183,25 @@ class TrainerSettings:
 @dataclass(frozen=True, kw_only=True)
 class PredictorSettings:
     enabled: bool = setting(True, "false = plain training, observed but never jumped")
-    policy: str = setting("fixed", "how decisions are made", choices=("fixed",))
+    policy: str = setting(
+        "fixed",
+        "how decisions are made: a fixed rule, or world model and bandit",
+        choices=("fixed", "learned"),
+    )
+    temper: str = setting(
+        "balanced",
+        "learned: how much is risked (predictor_node/tempers.py)",
+        choices=("conservative", "balanced", "aggressive"),
+    )
     horizon_steps: tuple[int, ...] = setting((5, 10, 15), "horizons proposed in turn", low=1, high=10_000)
     drift_gain: float = setting(0.5, "share of the drift that a line fit trusts", low=-10.0, high=10.0)
     slow_gain: float = setting(0.0, "the same for the slow drift", low=-10.0, high=10.0)
     pull_back: float = setting(0.0, "share of the way back to the averaged weights", low=-1.0, high=1.0)
     rest_windows: int = setting(2, "windows after WARMUP without proposals", low=0, high=1 << 20)
+    learn_share: float = setting(
+        0.01, "learned: floating-point work of learning, as a share of the trainer's", low=0.0, high=10.0
+    )
+    state: str = setting("", "learned: a state of an earlier run to start from (predictor-node fit)")
 
 
 @dataclass(frozen=True, kw_only=True)

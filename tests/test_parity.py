@@ -78,7 +78,7 @@ GOOD = Row(
     number="1",
     capability="phases",
     state="here",
-    place="`common/messages.py` holds the four of them",
+    place="`common/messages/` holds the four of them",
     tests="`tests/test_parity.py::test_a_sound_row_has_no_fault`",
 )
 

@@ -1,4 +1,4 @@
-"""Every message of the system, and its glossary. Read this file first.
+"""The messages that the predictor learns from and answers with, and the glossary. Read this file first.
 
 step            one real optimizer step: forward, backward, update. Numbered from 1.
 attempt         how often the run has been set back to a snapshot; (attempt, step) is unique.
@@ -11,6 +11,8 @@ proposal        a PhaseDecision whose horizon is above zero.
 delta           coefficients over directions the trainer holds: delta_g = sum_k c[g,k] * d[g,k].
 probation       the real steps of CORRECT, after which a proposal is judged.
 verdict         what the trainer made of a decision; Outcome reports it. veto: the monitor's no.
+arm             a choice of the bandit: a kind of delta and a horizon, e.g. "drift:25"; "rest".
+forecaster      phi: a small network that maps a weight's own past to its displacement.
 generation      fencing number of one start of a node; entry ids are `generation-sequence`.
 
 Messages travel on six streams, `hpt:{run_id}:<stream>`, one writer each. All that the predictor
@@ -22,9 +24,10 @@ Seconds inside messages are wall time, or in lockstep forward-equivalents (train
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 
-SCHEMA = 1
+SCHEMA = 2
 DIRECTIONS = ("momentum", "drift", "slow_drift", "pull_back")
 
 
@@ -90,6 +93,8 @@ class DecisionPoint:
     displacement_norms: tuple[float, ...]  # (G) L2 of what the averaged weights did in this window
     happened: tuple[float, ...]  # (G*K) least-squares coefficients of that over the previous basis
     unexplained_share: tuple[float, ...]  # (G) residual / total sum of squares, in [0, 1]
+    window_steps: int = 0  # real steps of this window; 0 = as configured
+    weights: bytes = b""  # (G*S) sampled weights, float32 little-endian; empty unless phi is learned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +112,7 @@ class Forecast:
     loss: float  # nats, expected training loss at the end of probation if the proposal is applied
     loss_without: float  # the same without the proposal
     spread: float  # one standard deviation of `loss_without`, nats, >= 0
+    refusal: float = 0.0  # probability in [0, 1] that the trainer will not keep the jump
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +140,11 @@ class PhaseDecision:
     base_fingerprint: str
     valid_until_step: int  # inclusive
     reason: str  # one phrase for people
+    arm: str = ""  # of the bandit; "" for a policy without arms
+    chunks: int = 1  # parts in which the delta is applied, a forward check after each
+    correction_share: float = 0.0  # of the parabola's correction after the first CORRECT step, in [0, 1]
+    next_window_steps: int = 0  # real steps until the next decision point; 0 = as configured
+    forecaster: bytes = b""  # weights of phi (docs/messages.md); empty = coefficients over directions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,6 +173,9 @@ class Outcome:
     restore_seconds: float
     lost_seconds: float  # spent in steps that were undone
     full_step_seconds: float  # what one ordinary step costs now
+    chunks_applied: int = 0
+    slope_after: float = math.nan  # first CORRECT gradient times delta, nats per delta; NaN if not measured
+    correction: float = 0.0  # times the delta, added after the first CORRECT step; 0 = none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,121 +193,3 @@ class CheckpointWritten:
 class RunEnded:
     step: int
     reason: str  # "finished", "stopped"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PhaseVeto:
-    """The newest one counts. It lapses `valid_seconds` after arrival: a dead monitor stops nothing."""
-
-    veto_id: str
-    active: bool
-    reason: str
-    valid_seconds: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryOrder:
-    order_id: str
-    action: str  # "cleanup"
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointRequest:
-    request_id: str
-    emergency: bool
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OrderDone:
-    """The trainer's acknowledgement of a MemoryOrder or CheckpointRequest."""
-
-    order_id: str
-    bytes_before: int | None  # memory the trainer held; None = unknown
-    bytes_after: int | None
-    detail: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """Held-out loss. The predictor never reads it: it must not learn from the score."""
-
-    step: int
-    virtual_steps: int
-    loss: float  # nats per token, or per example
-    accuracy: float | None  # classification only
-    train_seconds: float  # wall seconds of training so far
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VramSample:
-    """Memory of the device or process. Unknown is None with a reason, never zero."""
-
-    source: str  # "nvml", "rss"
-    device: str
-    used_bytes: int | None
-    total_bytes: int | None
-    trainer_bytes: int | None
-    unknown_reason: str  # "" when all is known
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Metric:
-    name: str
-    value: float | None
-    unit: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HealthSample:
-    node: str
-    step: int
-    metrics: tuple[Metric, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Alert:
-    node: str
-    severity: str  # "info", "warning", "error"
-    kind: str  # stable key, e.g. "prediction_lost"
-    text: str  # what happened and what to do
-    step: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Heartbeat:
-    node: str
-    generation: int
-    process_id: int
-    state: str  # "starting", "running", "stopping"
-    step: int  # last step this node knows of
-    uptime_seconds: float
-    counters: tuple[Metric, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NodeLost:
-    node: str
-    silent_seconds: float
-    last_step: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DeadLetter:
-    stream: str
-    entry_id: str
-    kind: str
-    deliveries: int  # tries of a message that a node could not handle
-    error: str
-    body: bytes
-
-
-Message = (
-    RunStarted | Observation | Outcome | CheckpointWritten | RunEnded
-    | PhaseDecision
-    | PhaseVeto | MemoryOrder | CheckpointRequest
-    | OrderDone | Evaluation | VramSample | HealthSample | Alert | Heartbeat | NodeLost | DeadLetter
-)  # fmt: skip
-
-MESSAGE_TYPES: dict[str, type] = {kind.__name__: kind for kind in Message.__args__}
