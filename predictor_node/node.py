@@ -29,11 +29,12 @@ from common.messages import (
 from common.settings import RunSettings
 from common.streams import PREDICTOR
 from predictor_node.history import History
-from predictor_node.policy import DecisionInput, FixedPolicy, Policy, rest
-from predictor_node.state import Learned, RunFacts, SavedState, StateStore
+from predictor_node.policies import policy_for
+from predictor_node.policy import DecisionInput, Policy, rest
+from predictor_node.state import Learned, MemoryStore, RunFacts, SavedState, StateStore
 
 STATE_LOST = "predictor_state_lost"  # kind of the alert
-NOTHING_LEARNED = Learned(history=History(), policy={}, counters={}, last_outcome_id="")
+NOTHING_LEARNED = Learned(history=History(), policy=None, counters={}, last_outcome_id="")
 
 
 class Predictor:
@@ -121,6 +122,8 @@ class Predictor:
         answers: list[Message] = []
         if history.missing_steps > self._history.missing_steps:
             answers.append(_gap(message, history.missing_steps - self._history.missing_steps))
+        if self._policy is not None and self._features_fit(message):
+            self._policy.observe(message, history)
         if message.decision_point is not None and message.phase is Phase.FULL:
             answers.append(self._decide(message, message.decision_point, generation, history))
         self._history = history
@@ -128,6 +131,8 @@ class Predictor:
 
     def on_outcome(self, message: Outcome) -> None:
         if message.decision_id != self._last_outcome_id:
+            if self._policy is not None:
+                self._policy.settle(message)
             self._count(message.verdict.value)
             self._last_outcome_id = message.decision_id
 
@@ -151,7 +156,7 @@ class Predictor:
         """A snapshot; shares nothing that changes."""
         return Learned(
             history=self._history,
-            policy=self._policy.state() if self._policy else {},
+            policy=self._policy.state() if self._policy else None,
             counters=self._counters,
             last_outcome_id=self._last_outcome_id,
         )
@@ -162,7 +167,7 @@ class Predictor:
 
     def _adopt(self, facts: RunFacts, learned: Learned) -> None:
         settings = settings_from_toml(facts.settings_toml)
-        policy = _policy_for(settings)
+        policy = policy_for(settings, facts)
         if learned.policy:
             policy.load(learned.policy)
         self._facts, self._settings, self._policy = facts, settings, policy
@@ -203,9 +208,9 @@ class Predictor:
         self._counters = {**self._counters, name: self._counters.get(name, 0) + 1}
 
 
-def _policy_for(settings: RunSettings) -> Policy:
-    """The policy that `predictor.policy` names; so far there is one."""
-    return FixedPolicy(settings)
+def in_memory_predictor() -> Predictor:
+    """A predictor for use inside another process (race, library): its checkpoints are kept in memory."""
+    return Predictor(MemoryStore())
 
 
 def _alert(severity: str, kind: str, text: str, step: int) -> Alert:

@@ -1,7 +1,8 @@
 """The predictor's own checkpoints: what is in one, the folder that holds them, the twin in memory.
 
 <state_dir>/<name of the trainer's checkpoint>/     a sealed folder (common/sealed_folder.py)
-    learned.json, history.safetensors   what was learned; byte-identical for equal runs, resumed or not
+    learned.json, history.safetensors, policy.safetensors
+                                        what was learned; byte-identical for equal runs, resumed or not
     position.json                       run, generation, last applied entry, the RunStarted facts
     manifest.json                       sizes and SHA-256 of the others; written last
 <state_dir>/generation                  the newest generation of a predictor that wrote here
@@ -22,10 +23,12 @@ from common.bus import EntryId
 from common.errors import CheckpointError, EnvironmentFault
 from predictor_node.history import History
 from predictor_node.history_file import history_from_bytes, history_to_bytes
+from predictor_node.policy import PolicyState
 
-SCHEMA = 1
+SCHEMA = 2
 _GENERATION = "generation"
 _LEARNED, _HISTORY, _POSITION = "learned.json", "history.safetensors", "position.json"
+_POLICY = "policy.safetensors"  # empty for a policy without tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +48,7 @@ class Learned:
     """All that observations and outcomes have taught; a resumed run has the same as an unbroken one."""
 
     history: History
-    policy: Mapping[str, object]  # Policy.state()
+    policy: PolicyState | None  # None before a run was seen
     counters: Mapping[str, int]
     last_outcome_id: str  # decision_id of the newest outcome, "" before the first
 
@@ -184,12 +187,13 @@ def files_of(state: SavedState) -> dict[str, bytes]:
     return {
         _LEARNED: _json_bytes(
             {
-                "policy": dict(learned.policy),
+                "policy": dict(learned.policy.values) if learned.policy else None,
                 "counters": dict(learned.counters),
                 "last_outcome_id": learned.last_outcome_id,
             }
         ),
         _HISTORY: history_to_bytes(learned.history),
+        _POLICY: learned.policy.tensors if learned.policy else b"",
         _POSITION: _json_bytes(
             {
                 "name": state.name,
@@ -208,7 +212,9 @@ def read_state(folder: Path) -> SavedState:
     if schema != SCHEMA:
         raise CheckpointError(f"{folder}: predictor schema {schema!r}, this version reads {SCHEMA}")
     try:
-        state = _state_from({name: (folder / name).read_bytes() for name in (_LEARNED, _HISTORY, _POSITION)})
+        state = _state_from(
+            {name: (folder / name).read_bytes() for name in (_LEARNED, _HISTORY, _POLICY, _POSITION)}
+        )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: damaged predictor state: {error}") from None
     if state.name != folder.name:
@@ -226,11 +232,15 @@ def _state_from(files: Mapping[str, bytes]) -> SavedState:
         facts=RunFacts(**facts),
         learned=Learned(
             history=history_from_bytes(files[_HISTORY]),
-            policy=dict(learned["policy"]),
+            policy=_policy_state(learned["policy"], files[_POLICY]),
             counters=dict(learned["counters"]),
             last_outcome_id=learned["last_outcome_id"],
         ),
     )
+
+
+def _policy_state(values: Mapping[str, object] | None, tensors: bytes) -> PolicyState | None:
+    return None if values is None else PolicyState(values=dict(values), tensors=tensors)
 
 
 def _check_name(name: str) -> None:

@@ -10,8 +10,9 @@ import pytest
 from common.errors import CheckpointError
 from common.messages import DIRECTIONS, Controls, DecisionPoint, Phase
 from common.settings import RunSettings
+from predictor_node.fixed_policy import FixedPolicy
 from predictor_node.history import History
-from predictor_node.policy import DecisionInput, FixedPolicy
+from predictor_node.policy import DecisionInput, PolicyState
 from tests.predictor.scripted import NUM_GROUPS, K, loss_at, observed, point, small_settings
 
 STEPS = 400
@@ -56,7 +57,7 @@ def reason_at(settings: RunSettings, decision_input: DecisionInput) -> str:
         assert decision.horizon_steps > 0
         return ""
     assert (decision.phase, decision.horizon_steps, decision.coefficients) == (Phase.FULL, 0, ())
-    assert policy.state() == {"proposals": 0}, "a rest does not take a horizon"
+    assert policy.state().values == {"proposals": 0}, "a rest does not take a horizon"
     assert decision.reason
     return decision.reason
 
@@ -93,7 +94,7 @@ def test_horizons_are_taken_in_turn_and_the_turn_is_state() -> None:
 )
 def test_state_of_something_else_is_refused(state: dict[str, object]) -> None:
     with pytest.raises(CheckpointError):
-        FixedPolicy(small_settings()).load(state)
+        FixedPolicy(small_settings()).load(PolicyState(values=state))
 
 
 def test_forecast_is_for_the_end_of_probation() -> None:

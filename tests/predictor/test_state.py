@@ -14,6 +14,7 @@ from common.config import dump_settings
 from common.errors import CheckpointError, EnvironmentFault
 from common.messages import DIRECTIONS
 from predictor_node.history import History
+from predictor_node.policy import PolicyState
 from predictor_node.state import FolderStore, Learned, MemoryStore, RunFacts, SavedState, StateStore, files_of
 from tests.predictor.scripted import observed, small_settings
 
@@ -35,7 +36,9 @@ def state_at(step: int, *, run_id: str = "r", loss: float = 0.1 + 0.2) -> SavedS
         ),
         learned=Learned(
             history=history,
-            policy={"proposals": 3, "nested": [math.nan, 1e-300, 0.1]},
+            policy=PolicyState(
+                values={"proposals": 3, "nested": [math.nan, 1e-300, 0.1]}, tensors=b"\x00bytes"
+            ),
             counters={"proposals": 3, "rests": 1},
             last_outcome_id="8.0",
         ),
@@ -92,7 +95,7 @@ def test_equal_states_are_equal_folders(tmp_path: Path) -> None:
         FolderStore(tmp_path / folder).save(state_at(5), keep=3)
     one, two = (tmp_path / folder / "step-00000005.gen-1" for folder in ("one", "two"))
     names = sorted(path.name for path in one.iterdir())
-    assert names == ["history.safetensors", "learned.json", "manifest.json", "position.json"]
+    assert names == ["history.safetensors", "learned.json", "manifest.json", "policy.safetensors", "position.json"]
     assert [(one / name).read_bytes() for name in names] == [(two / name).read_bytes() for name in names]
 
 

@@ -1,0 +1,17 @@
+"""Which policy a run asks for. The learned one is imported late: it needs torch, the fixed one does not."""
+
+from __future__ import annotations
+
+from common.settings import RunSettings
+from predictor_node.fixed_policy import FixedPolicy
+from predictor_node.policy import Policy
+from predictor_node.state import RunFacts
+
+
+def policy_for(settings: RunSettings, facts: RunFacts) -> Policy:
+    """A fresh policy. Raises CheckpointError when `predictor.state` names a state that cannot be used."""
+    if settings.predictor.policy == "learned":
+        from predictor_node.learned import LearnedPolicy
+
+        return LearnedPolicy(settings, facts)
+    return FixedPolicy(settings)
