@@ -201,6 +201,15 @@ class PredictorSettings:
     learn_share: float = setting(
         0.01, "learned: floating-point work of learning, as a share of the trainer's", low=0.0, high=10.0
     )
+    chunk_steps: int = setting(
+        0,
+        "learned: a jump is applied in parts of this many virtual steps, checked in between; 0 = at once",
+        low=0,
+        high=10_000,
+    )
+    correction_share: float = setting(
+        0.0, "learned: share of the parabola's correction after the first CORRECT step", low=0.0, high=1.0
+    )
     state: str = setting("", "learned: a state of an earlier run to start from (predictor-node fit)")
 
 

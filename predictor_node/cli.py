@@ -1,20 +1,22 @@
 """Commands of the predictor node. Only this file knows click.
 
-`serve` runs the process, `replay` reads a recording. Exit codes: 0 good, 1 a failure of the
-environment or of `--check`, 2 the user's mistake.
+`serve` runs the process, `replay` reads a recording, `fit` learns from recordings, `inspect` tells what was
+learned. Exit codes: 0 good, 1 a failure of the environment or of `--check`, 2 the user's mistake.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from pathlib import Path
 
 import click
 
+from common import sealed_folder
 from common.clock import SystemClock
 from common.command import run_command
-from common.errors import RecordingError, SettingsError
+from common.errors import CheckpointError, RecordingError, SettingsError
 from common.log import NodeLog
 from common.open_bus import open_bus
 from common.parent import stop_on_signals, stop_when_parent_goes
@@ -23,7 +25,7 @@ from common.settings import MonitorSettings
 from common.streams import PREDICTOR
 from predictor_node.replay import Replayed, line_of, replay
 from predictor_node.serve import Surroundings, serve
-from predictor_node.state import FolderStore, MemoryStore
+from predictor_node.state import FolderStore, MemoryStore, read_state
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,7 +37,12 @@ def cli() -> None:
     Examples:
       predictor-node serve --redis redis://localhost:6379 --run-id first
       predictor-node replay runs/first/recording.hpt --check
+      predictor-node fit runs/*/recording.hpt --out job.hps
+      predictor-node inspect runs/first
     """
+    # Before torch is loaded. One thread: decisions must be the same bits whatever the machine's cores, and
+    # the trainer needs them more.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @cli.command("serve")
@@ -129,6 +136,70 @@ def replay_command(file: Path, check: bool, state_dir: Path | None) -> None:
     else:
         click.echo(f"{len(replayed.decisions)} decisions reproduced byte for byte{_aside(replayed)}")
     raise click.exceptions.Exit(1 if replayed.gap or replayed.difference else 0)
+
+
+@cli.command("fit")
+@click.argument("recordings", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("predictor.hps"), show_default=True,
+    metavar="FILE", help="Where the state goes.",
+)  # fmt: skip
+@click.option(
+    "--updates", type=click.IntRange(0, 1_000_000), default=400, show_default=True,
+    help="Of the networks, after all recordings were read.",
+)  # fmt: skip
+def fit_command(recordings: tuple[Path, ...], out: Path, updates: int) -> None:
+    """Learn from recorded runs, oldest first, so that the next run of the job starts warm.
+
+    \b
+    Examples:
+      predictor-node fit runs/*/recording.hpt --out job.hps
+      trainer-node up --set predictor.policy=learned --set predictor.state=job.hps
+    """
+    from predictor_node.fit import fit
+
+    fitted = fit(recordings, out, updates=updates, progress=lambda line: click.echo(line, err=True))
+    click.echo(
+        f"{out}: learned from {fitted.runs} runs, {fitted.steps} steps, {fitted.jumps} jumps;"
+        f" use it with --set predictor.policy=learned --set predictor.state={out}"
+    )
+
+
+@cli.command("inspect")
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Draw it as well.")
+def inspect_command(run_dir: Path, plot: Path | None) -> None:
+    """What the learned policy of a run, or a fitted state, believes: arms, rewards, calibration.
+
+    \b
+    Examples:
+      predictor-node inspect runs/first
+      predictor-node inspect job.hps --plot job.png
+    """
+    from predictor_node.inspect import words
+
+    state = _policy_state(run_dir)
+    click.echo(words(state))
+    if plot is not None:
+        from predictor_node.inspect_picture import draw
+
+        draw(state, plot)
+        click.echo(f"picture: {plot}", err=True)
+
+
+def _policy_state(path: Path) -> dict[str, object]:
+    """Of a run folder's newest checkpoint, or of a fitted state. Raises CheckpointError."""
+    from predictor_node.warm_start import read_warm_start
+
+    if path.is_file():
+        return dict(read_warm_start(path).values)
+    folders = sealed_folder.folders(path / "checkpoints" / "predictor")
+    if not folders:
+        raise CheckpointError(f"{path}: holds no state of a predictor (checkpoints/predictor)")
+    policy = read_state(folders[0]).learned.policy
+    if policy is None or policy.values.get("policy") != "learned":
+        raise CheckpointError(f"{path}: this run had a fixed policy: there is nothing it believes")
+    return dict(policy.values)
 
 
 def _show(replayed: Replayed) -> None:

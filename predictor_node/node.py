@@ -31,7 +31,7 @@ from common.streams import PREDICTOR
 from predictor_node.history import History
 from predictor_node.policies import policy_for
 from predictor_node.policy import DecisionInput, Policy, rest
-from predictor_node.state import Learned, MemoryStore, RunFacts, SavedState, StateStore
+from predictor_node.state import Learned, MemoryStore, RunFacts, SavedState, StateStore, facts_of
 
 STATE_LOST = "predictor_state_lost"  # kind of the alert
 NOTHING_LEARNED = Learned(history=History(), policy=None, counters={}, last_outcome_id="")
@@ -97,14 +97,7 @@ class Predictor:
     def on_run_started(self, message: RunStarted) -> list[Message]:
         if self._facts and self._facts.generation == message.generation:
             return []  # said again, e.g. to a server that lost its data
-        facts = RunFacts(
-            run_id=message.run_id,
-            generation=message.generation,
-            feature_version=message.feature_version,
-            directions=message.directions,
-            num_groups=len(message.groups),
-            settings_toml=message.settings_toml,
-        )
+        facts = facts_of(message)
         alerts = _version_alerts(message)
         try:
             self._adopt(facts, self._resumed(message) if message.resumed_from else NOTHING_LEARNED)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Protocol
 from common import sealed_folder
 from common.bus import EntryId
 from common.errors import CheckpointError, EnvironmentFault
+from common.messages import RunStarted
 from predictor_node.history import History
 from predictor_node.history_file import history_from_bytes, history_to_bytes
 from predictor_node.policy import PolicyState
@@ -41,6 +43,20 @@ class RunFacts:
     directions: tuple[str, ...]  # (K)
     num_groups: int
     settings_toml: str
+    group_sizes: tuple[int, ...] = ()  # (G) weights per group
+
+
+def facts_of(message: RunStarted) -> RunFacts:
+    sizes = [sum(math.prod(p.shape) for p in group.parameters) for group in message.groups]
+    return RunFacts(
+        run_id=message.run_id,
+        generation=message.generation,
+        feature_version=message.feature_version,
+        directions=message.directions,
+        num_groups=len(message.groups),
+        settings_toml=message.settings_toml,
+        group_sizes=tuple(sizes),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,7 +241,7 @@ def read_state(folder: Path) -> SavedState:
 def _state_from(files: Mapping[str, bytes]) -> SavedState:
     learned, position = json.loads(files[_LEARNED]), json.loads(files[_POSITION])
     facts = dict(position["facts"])
-    facts["directions"] = tuple(facts["directions"])
+    facts["directions"], facts["group_sizes"] = tuple(facts["directions"]), tuple(facts["group_sizes"])
     return SavedState(
         name=position["name"],
         applied=EntryId(*position["applied"]),

@@ -1,0 +1,262 @@
+"""The learned policy: world model and bandit, a delta head and a per-weight forecaster, on a budget.
+
+    observe   ticks -> world model; due forecasts -> calibration; windows -> delta head, forecaster
+    decide    arms -> deltas within a trust region -> imagined -> those worth trying -> LinUCB -> budget
+    settle    outcome -> reward -> bandit; residuals; budget; verdict -> world model
+
+Arm 0 is rest: what does not pay, or cannot be afforded, is not tried. Everything is a function of the
+messages and of the seed of the run; learning is paid for in floating-point operations, not in seconds. The
+parts are files of their own; this one owns their order. docs/how-it-works.md has the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from common.errors import CheckpointError
+from common.messages import Forecast, Observation, Outcome, Phase, PhaseDecision, Verdict
+from common.settings import RunSettings
+from predictor_node.arms import arms_of
+from predictor_node.bandit import REST
+from predictor_node.calibration import allowed_horizon_steps
+from predictor_node.context import context_of
+from predictor_node.experience import Experience, Tried
+from predictor_node.fixed_policy import FITTED_WINDOWS, MAX_FITTED_STEPS
+from predictor_node.forecast import LossCurve, fit_loss_curve, forecast_at
+from predictor_node.history import History
+from predictor_node.models import Models
+from predictor_node.policy import (
+    DecisionInput,
+    PolicyState,
+    basis_reason,
+    history_reason,
+    make_decision,
+    phase_of_run_reason,
+    rest,
+)
+from predictor_node.proposals import Proposal, followed, proposals_for
+from predictor_node.state import RunFacts
+from predictor_node.tempers import TEMPERS
+from predictor_node.ticks import TickMaker
+from predictor_node.warm_start import read_warm_start
+
+TICKS_PER_WINDOW = 8
+MAX_WINDOW_FACTOR = 8  # while nothing is worth trying, windows grow: a decision point is not free
+ON_PROBATION = {Verdict.ACCEPTED: False, Verdict.REFUSED: True}
+
+
+class LearnedPolicy:
+    def __init__(self, settings: RunSettings, facts: RunFacts) -> None:
+        """Raises CheckpointError when `predictor.state` names a state that cannot be used."""
+        trainer = settings.trainer
+        self._settings, self._temper = settings, TEMPERS[settings.predictor.temper]
+        self._arms = arms_of(settings)
+        stride = max(1, trainer.window_steps // TICKS_PER_WINDOW)
+        self._probation_ticks = max(1, trainer.probation_steps // stride)
+        self.ticks = TickMaker(stride=stride, num_directions=len(facts.directions))
+        self.models = Models(settings, facts)
+        self.experience = Experience(settings, [arm.name for arm in self._arms])
+        self._rests_in_a_row = self._proposals_in_a_row = 0
+        if settings.predictor.state:
+            self.start_warm(read_warm_start(settings.predictor.state))
+
+    def observe(self, observation: Observation, history: History) -> None:
+        gap = history.contiguous_steps == 1
+        for tick in self.ticks.observe(observation, gap=gap):
+            self.models.record(tick)
+        self.models.step_taken(observation)
+        self.experience.observe(observation, history)
+        if observation.decision_point is not None:
+            self.models.window_ended(observation, observation.decision_point)
+
+    # ---- decisions ---------------------------------------------------------------------------
+
+    def decide(self, point: DecisionInput) -> PhaseDecision:
+        curve = self._curve(point)
+        reason = self._rest_reason(point, curve)
+        if reason or curve is None:
+            return self._rest(point, curve, reason)
+        context = self._context(point, curve)
+        limit_steps = self._longest_horizon(curve, point)
+        proposals = self._worth_trying(
+            proposals_for(self._arms, point, self.models, self._temper, limit_steps)
+        )
+        choice = self.experience.bandit.choose(context, {proposal.arm.name for proposal in proposals})
+        chosen = next((proposal for proposal in proposals if proposal.arm.name == choice.arm), None)
+        if chosen is None:
+            return self._rest(point, curve, "no jump is expected to pay", context)
+        imagined = chosen.imagined
+        refusal = self.experience.refusal(imagined.refusal if imagined else None)
+        cost_passes = self.experience.affordable_cost(choice.arm, refusal=refusal, mean_reward=choice.mean)
+        if cost_passes is None:
+            return self._rest(point, curve, "the budget for trying is spent", context)
+        decision = self._propose(point, curve, context, chosen, refusal)
+        forecast = decision.forecast
+        assert forecast is not None
+        slope_nats = -curve.slope_at(point.observation.step)
+        self.experience.tried(
+            Tried(decision.decision_id, choice.arm, context, forecast.loss, slope_nats, cost_passes)
+        )
+        self.ticks.jumped(chosen.action())
+        self._rests_in_a_row, self._proposals_in_a_row = 0, self._proposals_in_a_row + 1
+        return decision
+
+    def follow(self, point: DecisionInput, decision: PhaseDecision) -> None:
+        """Take a decision that somebody else made for our own, to learn from what became of it."""
+        self._rests_in_a_row = 0 if decision.horizon_steps else self._rests_in_a_row + 1
+        arm = next((arm for arm in self._arms if arm.name == decision.arm), None)
+        forecast = decision.forecast
+        if not decision.horizon_steps or arm is None or forecast is None:
+            return
+        curve = self._curve(point)
+        if curve is None or basis_reason(point):
+            return
+        context = self._context(point, curve)
+        slope_nats = -curve.slope_at(point.observation.step)
+        self.experience.tried(Tried(decision.decision_id, arm.name, context, forecast.loss, slope_nats, 0.0))
+        self.ticks.jumped(followed(decision, arm, point).action())
+
+    def _curve(self, point: DecisionInput) -> LossCurve | None:
+        count = min(FITTED_WINDOWS * self._settings.trainer.window_steps, MAX_FITTED_STEPS)
+        return fit_loss_curve(point.history.fitted_rows(count))
+
+    def _context(self, point: DecisionInput, curve: LossCurve) -> tuple[float, ...]:
+        return context_of(
+            point,
+            curve,
+            probation_steps=self._settings.trainer.probation_steps,
+            forecaster_explains=self.models.forecaster_explains,
+            latent=self.models.latent(),
+        )
+
+    def _rest_reason(self, point: DecisionInput, curve: LossCurve | None) -> str:
+        settings, step = self._settings, point.observation.step
+        if not settings.predictor.enabled:
+            return "prediction is off"
+        if step < min(self._temper.first_step, 0.1 * settings.trainer.steps):
+            return "too early in the run"
+        return (
+            phase_of_run_reason(settings, point)
+            or history_reason(settings, point.history, curve)
+            or basis_reason(point)
+        )
+
+    def _worth_trying(self, proposals: list[Proposal]) -> list[Proposal]:
+        """Those that the world model does not see refused; all while it knows too little to say."""
+        imagined = self.models.imagine(proposals, self._probation_ticks)
+        for proposal, forecast in zip(proposals, imagined, strict=True):
+            proposal.imagined = forecast
+        limit = self._temper.max_refusal
+        return [p for p in proposals if p.imagined is None or p.imagined.refusal <= limit]
+
+    def _propose(
+        self,
+        point: DecisionInput,
+        curve: LossCurve,
+        context: tuple[float, ...],
+        chosen: Proposal,
+        refusal: float,
+    ) -> PhaseDecision:
+        predictor, arm = self._settings.predictor, chosen.arm
+        end_step = point.observation.step + self._settings.trainer.probation_steps
+        base = self._without_jump(curve, point)
+        assert base is not None
+        change = chosen.imagined.change_by_jump if chosen.imagined else 0.0
+        advice = self.experience.residuals.advise(context, step=end_step, forecast=base.loss_without + change)
+        forecast = Forecast(
+            loss=advice.loss,
+            loss_without=base.loss_without,
+            spread=base.spread * self.experience.spread_factor(arm.horizon_steps),
+            refusal=refusal,
+        )
+        chunk_steps = predictor.chunk_steps
+        decision = make_decision(
+            point,
+            phase=Phase.PREDICT,
+            horizon_steps=arm.horizon_steps,
+            coefficients=chosen.scaled(advice.coefficient_scale),
+            forecast=forecast,
+            reason=f"{arm.name}, the best of {len(self._arms)} arms here",
+            arm=arm.name,
+            forecaster=chosen.forecaster,
+            correction_share=predictor.correction_share,
+            chunks=math.ceil(arm.horizon_steps / chunk_steps) if chunk_steps else 1,
+        )
+        self.experience.decided(decision, raw_spread=base.spread)
+        return decision
+
+    def _rest(
+        self,
+        point: DecisionInput,
+        curve: LossCurve | None,
+        reason: str,
+        context: tuple[float, ...] | None = None,
+    ) -> PhaseDecision:
+        trainer = self._settings.trainer
+        raw = self._without_jump(curve, point)
+        forecast = raw and replace(raw, spread=raw.spread * self.experience.spread_factor(0))
+        self._rests_in_a_row, self._proposals_in_a_row = self._rests_in_a_row + 1, 0
+        longer = min(MAX_WINDOW_FACTOR, 2 ** (self._rests_in_a_row // 2))
+        decision = rest(
+            point,
+            reason=reason,
+            forecast=forecast,
+            arm=REST,
+            next_window_steps=trainer.window_steps * longer if longer > 1 else 0,
+        )
+        self.experience.decided(decision, raw_spread=raw.spread if raw else 0.0)
+        if context is not None:
+            self.experience.tried(Tried(decision.decision_id, REST, context, math.nan, 0.0, 0.0))
+        return decision
+
+    def _without_jump(self, curve: LossCurve | None, point: DecisionInput) -> Forecast | None:
+        end_step = point.observation.step + self._settings.trainer.probation_steps
+        return forecast_at(curve, end_step=end_step, gained_steps=0.0) if curve else None
+
+    def _longest_horizon(self, curve: LossCurve, point: DecisionInput) -> int:
+        """Virtual steps; shorter while forecasts are off, and after many proposals in a row."""
+        return allowed_horizon_steps(
+            self._temper.max_horizon_steps,
+            confidence=self.experience.confidence(self._without_jump(curve, point)),
+            proposals_in_a_row=self._proposals_in_a_row,
+            min_steps=self._settings.trainer.window_steps,
+        )
+
+    # ---- outcomes and state ------------------------------------------------------------------
+
+    def settle(self, outcome: Outcome) -> None:
+        for tick in self.ticks.settled(refused=ON_PROBATION.get(outcome.verdict)):
+            self.models.record(tick)
+        self.models.settle(outcome)
+        self.experience.settle(outcome)
+
+    def state(self) -> PolicyState:
+        values: dict[str, Any] = {
+            "policy": "learned",
+            **self.experience.state(),
+            "ticks": self.ticks.state(),
+            "in_a_row": [self._rests_in_a_row, self._proposals_in_a_row],
+            "models": self.models.values(),
+        }
+        return PolicyState(values=values, tensors=self.models.tensors())
+
+    def load(self, state: PolicyState) -> None:
+        values = state.values
+        if values.get("policy") != "learned":
+            raise CheckpointError("not a state of the learned policy")
+        try:
+            self.experience.load(values)
+            self.ticks.load(values["ticks"])  # type: ignore[arg-type]
+            rests, proposals = values["in_a_row"]  # type: ignore[misc]
+            self._rests_in_a_row, self._proposals_in_a_row = int(rests), int(proposals)
+            self.models.load(values["models"], state.tensors)  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"damaged state of the learned policy: {error!r}") from None
+
+    def start_warm(self, state: PolicyState) -> None:
+        """Take over what other runs have taught. Raises CheckpointError."""
+        self.experience.start_warm(state.values)
+        self.models.load(state.values["models"], state.tensors, same_run=False)  # type: ignore[arg-type]
+        self.models.new_run()

@@ -1,0 +1,47 @@
+"""How much the learned policy may risk: three ready-made answers, after the original's three presets.
+
+The original's numbers (docs/parity.md, row 64: warm-up 200 / 100 / 50 steps, longest PREDICT 25 / 40 / 80)
+are kept where they have a meaning here, to the nearest of our horizons; budget and trust region are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Temper:
+    first_step: int  # no proposal before this step, or a tenth of the run where that is less
+    max_horizon_steps: int  # of a proposal, before confidence shortens it
+    max_refusal: float  # forecast probability of a refusal above which an arm is not tried
+    exploration_share: float  # of the run's forward-equivalents that trying may cost on balance
+    optimism: float  # alpha of LinUCB
+    trust_norm: float  # norm of a delta over the norm of the weights, at most
+
+
+TEMPERS = {
+    "conservative": Temper(
+        first_step=200,
+        max_horizon_steps=25,
+        max_refusal=0.25,
+        exploration_share=0.005,
+        optimism=0.25,
+        trust_norm=0.01,
+    ),
+    "balanced": Temper(
+        first_step=100,
+        max_horizon_steps=64,
+        max_refusal=0.5,
+        exploration_share=0.015,
+        optimism=0.5,
+        trust_norm=0.03,
+    ),
+    "aggressive": Temper(
+        first_step=50,
+        max_horizon_steps=128,
+        max_refusal=0.75,
+        exploration_share=0.05,
+        optimism=1.0,
+        trust_norm=0.1,
+    ),
+}

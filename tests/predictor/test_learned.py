@@ -1,0 +1,192 @@
+"""The learned policy through the predictor's front door: deterministic, resumable, affordable, warm."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from common import codec
+from common.bus import EntryId
+from common.errors import CheckpointError
+from common.messages import DIRECTIONS, Message, Outcome, PhaseDecision, Verdict
+from predictor_node.bandit import REST
+from predictor_node.learned import LearnedPolicy
+from predictor_node.node import Predictor
+from predictor_node.state import MemoryStore, facts_of, files_of
+from predictor_node.tempers import TEMPERS
+from predictor_node.warm_start import read_warm_start, write_warm_start
+from tests.predictor.scripted import ScriptedTrainer, outcome, small_settings, started
+
+LEARNED = 'predictor.policy="learned"'
+BOLD = 'predictor.temper="aggressive"'
+
+
+class Line:
+    """Feeds a predictor with the messages of a scripted trainer; keeps what was said on both sides."""
+
+    def __init__(self, predictor: Predictor, *, generation: int = 1, all_refused: bool = False) -> None:
+        self.predictor, self.generation, self.all_refused = predictor, generation, all_refused
+        self.decisions: list[PhaseDecision] = []
+        self.history: list[Message] = []
+        self._sequence = 0
+
+    def __call__(self, message: Message) -> PhaseDecision | None:
+        self._sequence += 1
+        self.history.append(message)
+        answers = self.predictor.handle(message, EntryId(self.generation, self._sequence))
+        made = [answer for answer in answers if isinstance(answer, PhaseDecision)]
+        self.decisions += made
+        return made[0] if made else None
+
+
+def run_of(*overrides: str, until_step: int | None = None) -> tuple[Line, MemoryStore, ScriptedTrainer]:
+    store = MemoryStore(keep_all=True)
+    line = Line(Predictor(store))
+    trainer = ScriptedTrainer(small_settings(LEARNED, *overrides))
+    trainer.run(line, until_step=until_step)
+    return line, store, trainer
+
+
+def bodies(decisions: list[PhaseDecision]) -> list[bytes]:
+    return [codec.encode(decision) for decision in decisions]
+
+
+def test_equal_runs_get_equal_decisions_and_equal_states_to_the_byte() -> None:
+    (one, store_one, _), (two, store_two, _) = run_of(BOLD), run_of(BOLD)
+    assert bodies(one.decisions) == bodies(two.decisions)
+    newest = [store.newest("scripted") for store in (store_one, store_two)]
+    assert newest[0] is not None
+    assert newest[1] is not None
+    assert files_of(newest[0]) == files_of(newest[1])
+
+
+def test_it_tries_something_and_each_try_names_its_arm() -> None:
+    line, _, _ = run_of(BOLD)
+    proposals = [decision for decision in line.decisions if decision.horizon_steps]
+    assert len(proposals) >= 2
+    assert all(decision.arm not in ("", REST) for decision in proposals)
+    assert all(
+        decision.arm == REST
+        for decision in line.decisions
+        if not decision.horizon_steps and decision.forecast
+    )
+    assert all(any(decision.coefficients) for decision in proposals)
+
+
+def test_a_predictor_resumed_from_a_checkpoint_goes_on_as_the_unbroken_one() -> None:
+    whole, store, trainer = run_of(BOLD)
+    name = sorted(trainer.checkpoints)[len(trainer.checkpoints) // 2]
+    resumed = Line(Predictor(store), generation=2)
+    trainer.resumed(name, generation=2).run(resumed)
+    step = trainer.checkpoints[name].step
+    expected = [d for d in whole.decisions if d.base_step > step]
+    assert len(expected) > 3
+    assert [dataclasses.replace(d, base_generation=2) for d in expected] == resumed.decisions
+
+
+def test_a_run_whose_jumps_are_all_refused_loses_no_more_than_twice_its_share() -> None:
+    settings = small_settings(LEARNED, "trainer.steps=2000", "predictor.rest_windows=0")
+    policy_cost = {"checks": 0.0, "lost": 0.0}
+    predictor = Predictor(MemoryStore())
+    line = Line(predictor)
+
+    def refuse(message: Message) -> PhaseDecision | None:
+        if isinstance(message, Outcome) and message.horizon_steps:
+            steps = message.probation_steps
+            message = dataclasses.replace(
+                outcome_like(message), verdict=Verdict.REFUSED, lost_steps=steps, lost_seconds=3.0 * steps
+            )
+            policy_cost["checks"] += 3.0
+            policy_cost["lost"] += 3.0 * steps
+        return line(message)
+
+    ScriptedTrainer(settings).run(refuse)
+    tried = [decision for decision in line.decisions if decision.horizon_steps]
+    assert tried, "nothing was tried, so nothing was tested"
+    share = TEMPERS["balanced"].exploration_share
+    assert sum(policy_cost.values()) <= 2.0 * share * 3.0 * settings.trainer.steps
+
+
+def outcome_like(message: Outcome) -> Outcome:
+    return dataclasses.replace(message, check_seconds=3.0, loss_end=3.0, loss_forecast=1.9)
+
+
+def test_nothing_is_tried_before_the_temper_allows_it_nor_in_the_decay() -> None:
+    line, _, trainer = run_of(BOLD)
+    steps = [decision.base_step for decision in line.decisions if decision.horizon_steps]
+    assert min(steps) >= min(TEMPERS["aggressive"].first_step, 0.1 * trainer.settings.trainer.steps)
+    assert max(steps) < 0.8 * trainer.settings.trainer.steps
+
+
+def test_windows_grow_while_resting_and_are_of_the_usual_length_after_a_jump() -> None:
+    line, _, _ = run_of('predictor.temper="conservative"', "trainer.steps=300")
+    window_steps = small_settings().trainer.window_steps
+    grown = [decision.next_window_steps for decision in line.decisions if not decision.horizon_steps]
+    assert max(grown) > window_steps
+    assert all(steps == 0 or steps % window_steps == 0 for steps in grown)
+
+
+def test_a_warm_start_comes_back_as_it_was_written_and_a_changed_byte_is_refused(tmp_path: Path) -> None:
+    _, store, _ = run_of(BOLD, until_step=200)
+    newest = store.newest("scripted")
+    assert newest is not None
+    assert newest.learned.policy is not None
+    path = tmp_path / "state.hps"
+    write_warm_start(path, newest.learned.policy)
+    assert read_warm_start(path).tensors == newest.learned.policy.tensors
+    content = bytearray(path.read_bytes())
+    for position in (3, 20, 60, len(content) - 5):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"state\.hps"):
+            read_warm_start(path)
+
+
+def test_a_warm_run_knows_the_arms_of_the_former_one_but_not_where_it_stood(tmp_path: Path) -> None:
+    line, store, _ = run_of(BOLD)
+    newest = store.newest("scripted")
+    assert newest is not None
+    assert newest.learned.policy is not None
+    write_warm_start(tmp_path / "state.hps", newest.learned.policy)
+    settings = small_settings(LEARNED, BOLD, f'predictor.state="{tmp_path / "state.hps"}"')
+    warm = LearnedPolicy(settings, facts_of(started(settings)))
+    tried = sum(count for arm, count in warm.experience.bandit.pulls.items() if arm != REST)
+    assert tried == len([d for d in line.decisions if d.horizon_steps])
+    assert warm.experience.budget.spent_passes == 0.0
+
+
+def test_a_missing_state_file_is_one_line_that_names_the_cure(tmp_path: Path) -> None:
+    settings = small_settings(LEARNED, f'predictor.state="{tmp_path / "none.hps"}"')
+    with pytest.raises(CheckpointError, match="predictor-node fit"):
+        LearnedPolicy(settings, facts_of(started(settings)))
+
+
+def test_a_state_of_another_policy_is_refused() -> None:
+    settings = small_settings(LEARNED)
+    policy = LearnedPolicy(settings, facts_of(started(settings)))
+    other = Predictor(MemoryStore())
+    Line(other)(started(small_settings()))
+    state = other.learned.policy
+    assert state is not None
+    with pytest.raises(CheckpointError, match="not a state"):
+        policy.load(state)
+
+
+def test_an_outcome_that_was_never_asked_for_teaches_nothing() -> None:
+    settings = small_settings(LEARNED)
+    policy = LearnedPolicy(settings, facts_of(started(settings)))
+    before = policy.experience.bandit.state()
+    decision = dataclasses.replace(a_decision(), decision_id="999.0")
+    policy.settle(outcome(decision, Verdict.ACCEPTED, 0))
+    assert policy.experience.bandit.state() == before
+
+
+def a_decision() -> PhaseDecision:
+    line, _, _ = run_of(until_step=40)
+    assert len(DIRECTIONS) == line.decisions[0].num_directions
+    assert math.isfinite(line.decisions[0].base_step)
+    return line.decisions[0]
