@@ -61,6 +61,7 @@ class Models:
                 total_steps=trainer.steps,
                 mean_rate=self._mean_rate,
                 seed=trainer.seed,
+                updates_per_window=1,
             )
         self.samples: list[WindowSample] = []  # of this run, for `fit`
         self._credit_flops = 0.0
@@ -137,7 +138,7 @@ class Models:
     def forecaster(self, horizon_steps: int) -> bytes:
         if self.phi is None or self.forecaster_explains < MIN_EXPLAINED:
             return b""
-        return self.phi.export(horizon_steps)
+        return self.phi.export(horizon_steps, pull_back=1.0)
 
     def imagine(self, proposals: Sequence[Proposal], ticks: int) -> list[Imagined | None]:
         """What each proposal would lead to after `ticks` ticks of probation, against no jump at all."""

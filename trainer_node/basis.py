@@ -9,12 +9,13 @@ G groups, K directions, m sampled weights per group.
 
 Momentum and pull-back are made when needed; the rest lives in averages.py. What "happened" is
 measured on a fixed random sample of each group (`basis.sample_size`): keeping the former basis
-in full would cost another K x weights. Never writes a weight: delta.py does.
+in full would cost another K x weights. For a per-weight forecaster it also holds the past of all
+weights (weight_history.py). Never writes a weight: delta.py does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,9 +24,13 @@ from torch import Tensor, nn
 from common.messages import DIRECTIONS, DecisionPoint
 from common.settings import BasisSettings
 from trainer_node.averages import Averages, make_averages
+from trainer_node.gram import GroupGram, least_squares
 from trainer_node.groups import ParameterGroup
 from trainer_node.optim.build import momentum_directions
-from trainer_node.snapshot import TensorStore
+from trainer_node.snapshot import MemoryStore, TensorStore
+from trainer_node.weight_forecast import WeightForecaster
+from trainer_node.weight_history import WeightHistory
+from trainer_node.weight_sample import WeightSample
 
 K = len(DIRECTIONS)
 
@@ -39,8 +44,9 @@ class Basis:
         *,
         seed: int,
         park: TensorStore | None = None,
+        make_history_store: Callable[[], TensorStore] = MemoryStore,
     ) -> None:
-        """`park` is a store of the basis' own; process memory if there is none."""
+        """`park` and `make_history_store` give stores of the basis' own; else process memory is used."""
         self.num_groups = len(groups)
         self._optimizers = list(optimizers)
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group.parameters]
@@ -57,6 +63,16 @@ class Basis:
         device = self.parameters[0].device
         self._former_GKm = torch.zeros(self.num_groups, K, settings.sample_size, device=device)
         self._has_former = torch.zeros((), dtype=torch.int64)
+        self.history: WeightHistory | None = None
+        if settings.history_snapshots > 0:
+            self.history = WeightHistory(
+                self.parameters,
+                WeightSample(groups, settings.history_sample, seed=seed),
+                num_snapshots=settings.history_snapshots,
+                sample_size=settings.history_sample,
+                dtype=settings.dtype,
+                make_store=make_history_store,
+            )
 
     def directions(self, *, with_momentum: bool = True) -> Iterator[tuple[int, list[Tensor]]]:
         """(parameter index, its K directions), one parameter at a time to bound memory.
@@ -82,51 +98,56 @@ class Basis:
 
         Moves one small tensor to the host: a decision point synchronises, an ordinary step does not.
         """
-        self.averages.end_window()
-        gram_GKK = torch.zeros(self.num_groups, K, K, device=self._former_GKm.device)
+        averages = self.averages
+        averages.end_window()
         sample_GKm = torch.zeros_like(self._former_GKm)
-        squares_G = torch.zeros(self.num_groups, device=gram_GKK.device)
+        products = GroupGram(self.num_groups, K + 1, sample_GKm.device)
         for index, directions in self.directions():
-            group = self.group_of[index]
-            flat = [d.reshape(-1).float() for d in directions]
-            for i in range(K):
-                for j in range(i + 1):
-                    gram_GKK[group, i, j] += torch.dot(flat[i], flat[j])
-            squares_G[group] += self.parameters[index].detach().float().square().sum()
-            self._sample.gather(sample_GKm, index, flat)
-        gram_GKK = gram_GKK + gram_GKK.tril(-1).transpose(1, 2)
+            flats = [d.reshape(-1).float() for d in directions]
+            products.add(self.group_of[index], [*flats, self.parameters[index].detach().reshape(-1).float()])
+            self._sample.gather(sample_GKm, index, flats)
+        products_GLL = products.result().double().cpu()  # L = K + 1: the weights are the last row
+        gram_GKK = products_GLL[:, :K, :K]
         drift = DIRECTIONS.index("drift")
         happened_GK, unexplained_G = self._project(sample_GKm[:, drift])
         self._former_GKm.copy_(sample_GKm)
         self._has_former.fill_(1)
+        if self.history is not None:
+            self.history.take(averages.drift, self.average)
         return DecisionPoint(
             window=window,
             fingerprint=fingerprint,
-            gram=_floats(gram_GKK),
-            parameter_norms=_floats(squares_G.sqrt()),
-            displacement_norms=_floats(gram_GKK[:, drift, drift].clamp(min=0).sqrt()),
-            happened=tuple(float(c) for c in happened_GK.reshape(-1)),
-            unexplained_share=tuple(float(u) for u in unexplained_G),
+            gram=tuple(gram_GKK.reshape(-1).tolist()),
+            parameter_norms=tuple(products_GLL[:, K, K].sqrt().tolist()),
+            displacement_norms=tuple(gram_GKK[:, drift, drift].clamp(min=0).sqrt().tolist()),
+            happened=tuple(happened_GK.reshape(-1).tolist()),
+            unexplained_share=tuple(unexplained_G.tolist()),
+            weights=self.history.path_bytes() if self.history is not None else b"",
         )
 
     def _project(self, drift_Gm: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Least squares of this window's drift over the former basis, on the sample: (G, K), (G,)."""
-        coefficients_GK, unexplained_G = np.zeros((self.num_groups, K)), np.ones(self.num_groups)
         if not int(self._has_former):
-            return coefficients_GK, unexplained_G
-        former, target = self._former_GKm.double().cpu().numpy(), drift_Gm.double().cpu().numpy()
-        for group in range(self.num_groups):
-            norms_K = np.linalg.norm(former[group], axis=1)
-            total = float(target[group] @ target[group])
-            if total == 0.0 or not np.isfinite(total) or not np.isfinite(norms_K).all():
-                continue
-            scale_K = np.where(norms_K > 0, norms_K, 1.0)
-            design_mK = (former[group] / scale_K[:, None]).T
-            solution_K = np.linalg.lstsq(design_mK, target[group], rcond=1e-6)[0]
-            residual_m = target[group] - design_mK @ solution_K
-            coefficients_GK[group] = solution_K / scale_K
-            unexplained_G[group] = min(1.0, float(residual_m @ residual_m) / total)
-        return coefficients_GK, unexplained_G
+            return np.zeros((self.num_groups, K)), np.ones(self.num_groups)
+        return least_squares(self._former_GKm, drift_Gm)
+
+    def average(self, index: int) -> Tensor:
+        """The averaged weights of parameter `index`."""
+        return self.parameters[index].detach() + self.averages.pull_back(index)
+
+    @torch.no_grad()
+    def forecast_displacements(self, forecaster: WeightForecaster) -> Iterator[tuple[int, Tensor]]:
+        """(parameter index, its forecast displacement and pull-back), one at a time to bound memory.
+
+        Raises ValueError while there are fewer snapshots than the forecaster needs.
+        """
+        if self.history is None or not self.history.is_full:
+            raise ValueError("too few snapshots of the weights for a forecaster")
+        forecaster = forecaster.to(self._former_GKm.device)
+        pull_backs = forecaster.pull_back_G.tolist()
+        for index, group in enumerate(self.group_of):
+            delta = forecaster.displacement(group, self.average(index), self.history.differences(index))
+            yield index, delta.add_(self.averages.pull_back(index), alpha=pull_backs[group])
 
     def sampled(self, tensors: Sequence[Tensor]) -> Tensor:
         """(G, m) sampled values of one tensor per parameter."""
@@ -149,7 +170,9 @@ class Basis:
         return dot / norms**0.5 if norms > 0 else float("nan")
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**self.averages.tensors(), "former": self._former_GKm, "has_former": self._has_former}
+        past = self.history.tensors() if self.history is not None else {}
+        mine = {"former": self._former_GKm, "has_former": self._has_former}
+        return {**self.averages.tensors(), **past, **mine}
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:
@@ -157,41 +180,11 @@ class Basis:
         self.averages.load(saved)
         self._former_GKm.copy_(saved["former"])
         self._has_former.copy_(saved["has_former"])
+        if self.history is not None:
+            self.history.load(saved)
 
     def bytes_held(self) -> int:
         """Device memory on a GPU, process memory on CPU; what is parked elsewhere does not count."""
         samples = (self._former_GKm, self._has_former)
-        return self.averages.bytes_held() + sum(t.numel() * t.element_size() for t in samples)
-
-
-class WeightSample:
-    """A fixed random choice of m weights in each group (all of them, padded, where there are fewer)."""
-
-    def __init__(self, groups: Sequence[ParameterGroup], sample_size: int, *, seed: int) -> None:
-        rng = np.random.default_rng([seed, 0xBA515])
-        self._places: list[tuple[int, int, Tensor]] = []  # group, first column, flat positions
-        inflation = []
-        for group_index, group in enumerate(groups):
-            sizes = [p.numel() for p in group.parameters]
-            total = sum(sizes)
-            if total > sample_size:
-                chosen = np.sort(rng.choice(total, sample_size, replace=False))
-            else:
-                chosen = np.arange(total)
-            inflation.append(total / len(chosen))
-            starts = np.cumsum([0, *sizes])
-            for start, end, parameter in zip(starts[:-1], starts[1:], group.parameters, strict=True):
-                low, high = np.searchsorted(chosen, [start, end])
-                positions = torch.from_numpy(chosen[low:high] - start).to(parameter.device)
-                self._places.append((group_index, int(low), positions))
-        self.inflation_G = torch.tensor(inflation, dtype=torch.float32)
-
-    def gather(self, out_GKm: Tensor, index: int, flats: Sequence[Tensor]) -> None:
-        """Write the sampled values of parameter `index` into out (G, K, m)."""
-        group, first, positions = self._places[index]
-        for direction, flat in enumerate(flats):
-            out_GKm[group, direction, first : first + len(positions)] = flat[positions]
-
-
-def _floats(tensor: Tensor) -> tuple[float, ...]:
-    return tuple(tensor.double().reshape(-1).tolist())
+        past = self.history.bytes_held() if self.history is not None else 0
+        return self.averages.bytes_held() + past + sum(t.numel() * t.element_size() for t in samples)

@@ -1,8 +1,9 @@
-"""The two built-in tasks. A Task is everything the loop knows of what is being learned.
+"""The three built-in tasks. A Task is everything the loop knows of what is being learned.
 
 language: a GPT on the user's text. digits: a CNN on scikit-learn's 8 x 8 digits, so that nothing in the
-loop assumes text. Builds models and data from settings; initial weights come from `settings.seed`
-and leave torch's global random state alone. Trains nothing.
+loop assumes text. regression: an MLP on a synthetic teacher, the one task whose data never ends. Builds
+models and data from settings; initial weights come from `settings.seed` and leave torch's global
+random state alone. Trains nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from trainer_node.corpus import collect
 from trainer_node.data import Batch, HeldOutText, ImageBatches, TextBatches, TrainBatches, place
 from trainer_node.model.cnn import DigitsCNN
 from trainer_node.model.gpt import GPT
+from trainer_node.model.mlp import RegressionMLP
+from trainer_node.synthetic import RegressionBatches, held_out_regression
 from trainer_node.tokens import prepare_tokens
 
 DIGITS_SPLIT_SEED = 0  # the held-out digits are the same in every run
@@ -31,23 +34,25 @@ class Task:
     description: str  # one line for people
     device: torch.device
     model: nn.Module
-    loss: Callable[[Batch], Tensor]  # mean of a micro-batch, () nats per unit of prediction
+    loss: Callable[[Batch], Tensor]  # mean of a micro-batch, () nats per unit; regression: squared error
     accuracy: Callable[[Batch], Tensor] | None  # () share of right answers in [0, 1]
     train: TrainBatches
     validation: Sequence[Batch]  # fixed held-out batches of equal size
-    unit: str  # what units_per_step counts: "tokens" or "images"
+    unit: str  # what units_per_step counts: "tokens", "images", "examples"
     units_per_step: int
     tokenizer_path: Path | None
 
 
 def build_task(settings: TrainerSettings, device: torch.device) -> Task:
     """Raises DataError for the user's data, EnvironmentFault for the disk."""
-    return language_task(settings, device) if settings.task == "language" else digits_task(settings, device)
+    builders = {"language": language_task, "digits": digits_task, "regression": regression_task}
+    return builders[settings.task](settings, device)
 
 
 def build_model(settings: TrainerSettings, device: torch.device) -> nn.Module:
     """Freshly initialised; its shapes depend on the settings alone, never on the data."""
-    kind = GPT if settings.task == "language" else DigitsCNN
+    kinds = {"language": GPT, "digits": DigitsCNN, "regression": RegressionMLP}
+    kind: type[nn.Module] = kinds[settings.task]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = kind(settings.model)
@@ -119,6 +124,32 @@ def digits_task(settings: TrainerSettings, device: torch.device) -> Task:
         validation=(Batch(place(images[held], device), place(labels[held], device)),),
         unit="images",
         units_per_step=settings.batch.sequences * settings.batch.accumulation,
+        tokenizer_path=None,
+    )
+
+
+def regression_task(settings: TrainerSettings, device: torch.device) -> Task:
+    """The settings of data do not apply."""
+    model = _compiled(build_model(settings, device), settings, device)
+    sequences = settings.batch.sequences
+    return Task(
+        name="regression",
+        description="a fixed random teacher: fresh examples in every batch, held-out ones without noise",
+        device=device,
+        model=model,
+        loss=lambda batch: model(batch.inputs, batch.targets),
+        accuracy=None,
+        train=RegressionBatches(
+            sequences=sequences,
+            seed=settings.seed,
+            guard_batches=settings.verify.guard_batches,
+            device=device,
+        ),
+        validation=held_out_regression(
+            sequences=sequences, batches=settings.evaluation_batches, device=device
+        ),
+        unit="examples",
+        units_per_step=sequences * settings.batch.accumulation,
         tokenizer_path=None,
     )
 

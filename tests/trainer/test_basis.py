@@ -16,8 +16,9 @@ from tests.trainer.small_job import (
     small_job,
     whole,
 )
-from trainer_node.basis import K, WeightSample
+from trainer_node.basis import K
 from trainer_node.groups import ParameterGroup
+from trainer_node.weight_sample import WeightSample
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 

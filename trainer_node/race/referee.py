@@ -1,0 +1,86 @@
+"""The referee of a run: reads the held-out loss, stops the watch while it does, notes where time went.
+
+Its own time counts for nobody. Reads what an arm hands out through a context manager that lends those
+weights. Takes no steps and decides nothing, but for one thing: a loss that is not finite is infinite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from common.clock import Clock
+from common.settings import TrainerSettings
+from trainer_node.race.run_result import CurvePoint
+from trainer_node.step import autocast, mean_loss
+from trainer_node.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spent:
+    """What a run has cost so far."""
+
+    passes: float  # forward-equivalents
+    backward_passes: float
+    predictor_seconds: float = 0.0
+
+
+class Referee:
+    def __init__(self, task: Task, settings: TrainerSettings, clock: Clock, *, every_steps: int) -> None:
+        """`every_steps` is the grid of readings; the start and the end are always read."""
+        self.curve: list[CurvePoint] = []
+        self._task, self._clock = task, clock
+        self._every_steps, self._steps = every_steps, settings.steps
+        self._context = partial(autocast, task.device, settings.precision)
+        self._batches = list(task.validation)
+        self._reading_seconds = 0.0
+        self._started_seconds = clock.monotonic()
+
+    def start(self) -> None:
+        """The run begins now."""
+        self._settle_device()
+        self._reading_seconds, self._started_seconds = 0.0, self._clock.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a grid point has been reached since the last reading. The end is read by `read`."""
+        last_step = self.curve[-1].steps if self.curve else -1
+        return step < self._steps and step // self._every_steps > last_step // self._every_steps
+
+    def read(
+        self, step: int, spent: Spent, read_out: Callable[[], AbstractContextManager[None]] | None
+    ) -> CurvePoint:
+        """Add a point. `read_out` lends the weights that would be handed out; None = the raw ones."""
+        self._settle_device()
+        began = self._clock.monotonic()
+        loss = read_loss = self._held_out_loss()
+        if read_out is not None:
+            with read_out():
+                read_loss = self._held_out_loss()
+        running = began - self._started_seconds - self._reading_seconds
+        point = CurvePoint(
+            steps=step,
+            passes=spent.passes,
+            backward_passes=spent.backward_passes,
+            trainer_seconds=running - spent.predictor_seconds,
+            predictor_seconds=spent.predictor_seconds,
+            loss=loss,
+            read_loss=read_loss,
+        )
+        self.curve.append(point)
+        self._settle_device()
+        self._reading_seconds += self._clock.monotonic() - began
+        return point
+
+    def _held_out_loss(self) -> float:
+        loss = mean_loss(self._task.model, self._task.loss, self._batches, context=self._context)
+        return loss if math.isfinite(loss) else math.inf
+
+    def _settle_device(self) -> None:
+        """A GPU works behind the program's back: wait, so that the watch shows work that is done."""
+        if self._task.device.type == "cuda":
+            torch.cuda.synchronize(self._task.device)

@@ -1,0 +1,242 @@
+"""One run of one arm, from initial weights to a RunResult.
+
+Arms that are not ours are a plain loop over trainer_node.step.train_step; ours go through the phase loop in
+lockstep with a predictor in the same process. Initial weights, batches, seed, schedule and clipping are
+the same in all of them. Chooses nothing (plan.py) and keeps nothing (results.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from common import features
+from common.clock import Clock, SystemClock
+from common.config import dump_settings
+from common.messages import Message
+from common.settings import RunSettings, TrainerSettings
+from trainer_node import ledger as purposes
+from trainer_node.assembly import build_loop, prepare_task, run_started
+from trainer_node.groups import parameter_groups
+from trainer_node.ledger import CHECK_PASSES, TRAIN_PASSES
+from trainer_node.loop import Loop
+from trainer_node.optim.build import set_rates
+from trainer_node.optim.schedule import rate_factor
+from trainer_node.race.arms import Arm, arm_named, knobs_of, run_settings
+from trainer_node.race.in_process import InProcessPredictor, PredictorFactory, installed_predictor
+from trainer_node.race.machine import forget_peak, machine, peak_bytes
+from trainer_node.race.optimizers import METHODS, Method, MethodInput
+from trainer_node.race.referee import Referee, Spent
+from trainer_node.race.run_result import PhaseSpan, RunKey, RunResult
+from trainer_node.race.trace import Trace
+from trainer_node.read_out import weights_that_count
+from trainer_node.step import autocast, train_step
+from trainer_node.tasks import Task
+
+CURVE_SHARES = {"constant": 0.025, "decayed": 0.1}  # of the planned steps, between two readings
+FINITE_CHECK_STEPS = 16
+
+
+def run_arm(
+    key: RunKey,
+    base: RunSettings,
+    *,
+    data: str | None = "",
+    eval_every_steps: int | None = None,
+    predictor_state: str | Path | None = "",
+) -> RunResult:
+    """Make the run that `key` names from the settings of its task.
+
+    Raises SettingsError, DataError, EnvironmentFault. A loss that is no longer finite is no error: the
+    run ends, diverged.
+    """
+    arm = arm_named(key.arm)
+    settings = run_settings(
+        arm,
+        base,
+        key.config,
+        steps=key.planned_steps,
+        seed=key.seed,
+        data=data or "",
+        state=str(predictor_state or ""),
+    )
+    return run_task(key, settings, prepare_task(settings.trainer), eval_every_steps=eval_every_steps)
+
+
+def run_task(
+    key: RunKey,
+    settings: RunSettings,
+    task: Task,
+    *,
+    eval_every_steps: int | None = None,
+    predictor: PredictorFactory = installed_predictor,
+    clock: Clock | None = None,
+) -> RunResult:
+    """The same with a task that is ready. `settings` are those of arms.run_settings."""
+    arm, clock = arm_named(key.arm), clock or SystemClock()
+    share = CURVE_SHARES[arm.rule]
+    every_steps = eval_every_steps or max(1, round(share * settings.trainer.steps))
+    referee = Referee(task, settings.trainer, clock, every_steps=every_steps)
+    forget_peak(task.device)
+    if arm.is_ours:
+        return _run_ours(key, settings, task, referee, InProcessPredictor(predictor(), clock), clock)
+    return _run_plain(key, arm, settings, task, referee)
+
+
+# ---- arms that are not ours ------------------------------------------------------------------
+
+
+def _run_plain(key: RunKey, arm: Arm, settings: RunSettings, task: Task, referee: Referee) -> RunResult:
+    trainer = settings.trainer
+    given = MethodInput(
+        model=task.model, device=task.device, settings=trainer, knobs=knobs_of(arm, key.config)
+    )
+    method = METHODS[arm.method](given)
+    step, diverged = train_plainly(task, trainer, method, referee)
+    return RunResult(
+        key=key,
+        curve=tuple(referee.curve),
+        diverged=diverged,
+        peak_bytes=peak_bytes(task.device),
+        verdicts=(),
+        cosines=(),
+        forecasts=(),
+        phases=(PhaseSpan(phase="full", first_step=1, last_step=step, verdict=""),),
+        machine=machine(),
+    )
+
+
+def train_plainly(
+    task: Task, settings: TrainerSettings, method: Method, referee: Referee
+) -> tuple[int, bool]:
+    """(steps done, whether the loss stopped being finite)."""
+    count, groups = settings.batch.accumulation, parameter_groups(task.model)
+    context = partial(autocast, task.device, settings.precision)
+    read_out = method.read_out if method.has_read_out else None
+    loss_sum = torch.zeros((), device=task.device)  # stays non-finite once a loss was; no wait per step
+
+    def read(step: int) -> float:
+        spent = Spent(passes=TRAIN_PASSES * count * step, backward_passes=float(count * step))
+        return referee.read(step, spent, read_out).loss
+
+    referee.start()
+    read(0)
+    for step in range(settings.steps):
+        set_rates(method.optimizers, rate_factor(step, settings.steps, settings.schedule))
+        batches = [task.train.batch(step * count + i) for i in range(count)]
+        method.before_step(step)
+        tensors = train_step(
+            task.model,
+            task.loss,
+            batches,
+            method.optimizers,
+            groups,
+            clip_norm=settings.optimizer.clip_norm,
+            context=context,
+        )
+        method.after_step(step)
+        loss_sum += tensors.loss
+        done = step + 1
+        is_lost = done % FINITE_CHECK_STEPS == 0 and not math.isfinite(float(loss_sum))
+        if is_lost or (referee.is_due(done) and not math.isfinite(read(done))):
+            if referee.curve[-1].steps < done:
+                read(done)
+            return done, True
+    return settings.steps, not math.isfinite(read(settings.steps) + float(loss_sum))
+
+
+# ---- ours ------------------------------------------------------------------------------------
+
+
+def _run_ours(
+    key: RunKey,
+    settings: RunSettings,
+    task: Task,
+    referee: Referee,
+    predictor: InProcessPredictor,
+    clock: Clock,
+) -> RunResult:
+    trace = Trace()
+    run = _OurRun(referee, predictor)
+
+    def emit(message: Message) -> None:
+        trace.see(message)
+        predictor.emit(message)
+
+    loop = build_loop(
+        task,
+        settings,
+        links=predictor,
+        emit=emit,
+        housekeeping=run.between_steps,
+        clock=clock,
+        generation=1,
+        snapshot_folder=None,
+    )
+    referee.start()
+    predictor.emit(
+        run_started(
+            loop,
+            run_id=key.identity,
+            settings_toml=dump_settings(settings),
+            resumed_from="",
+            feature_version=features.VERSION,
+        )
+    )
+    run.read(loop)
+    loop.run()
+    if referee.curve[-1].steps < loop.progress.step:
+        run.read(loop)
+    return RunResult(
+        key=key,
+        curve=tuple(referee.curve),
+        diverged=run.diverged or not math.isfinite(referee.curve[-1].loss),
+        peak_bytes=peak_bytes(task.device),
+        verdicts=tuple(sorted((verdict.value, n) for verdict, n in loop.ledger.verdicts.items())),
+        cosines=tuple(loop.ledger.cosines),
+        forecasts=trace.forecasts(predictor.decisions, settings.trainer.probation_steps),
+        phases=trace.phases(),
+        machine=machine(),
+    )
+
+
+class _OurRun:
+    """What is done between the steps of the phase loop."""
+
+    def __init__(self, referee: Referee, predictor: InProcessPredictor) -> None:
+        self._referee, self._predictor = referee, predictor
+        self.diverged = False
+        self._reading_passes = 0.0  # of checks made for readings in the middle of the run
+
+    def between_steps(self, loop: Loop) -> None:
+        losses = loop.progress.recent_losses
+        if losses and not math.isfinite(losses[-1]):
+            self.diverged = loop.stop_requested = True
+        elif self._referee.is_due(loop.progress.step):
+            self.read(loop)
+
+    def read(self, loop: Loop) -> None:
+        passes, guard_batches = loop.ledger.passes, loop.settings.verify.guard_batches
+        averaged = loop.settings.read_out == "average"
+        before = sum(passes.values())
+        # To choose between weights and average takes two checks: a run that ended here would pay them once.
+        choice = 2 * CHECK_PASSES * guard_batches if averaged else 0.0
+        spent = Spent(
+            passes=before - self._reading_passes + choice,
+            backward_passes=passes[purposes.STEPS] / TRAIN_PASSES,
+            predictor_seconds=self._predictor.seconds,
+        )
+        self._referee.read(loop.progress.step, spent, partial(our_read_out, loop) if averaged else None)
+        self._reading_passes += sum(passes.values()) - before
+
+
+@contextmanager
+def our_read_out(loop: Loop) -> Iterator[None]:
+    """Lends what the loop would hand out: the averaged weights, if the guard batches prefer them."""
+    with weights_that_count(loop):
+        yield
