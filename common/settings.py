@@ -199,7 +199,7 @@ class PredictorSettings:
     pull_back: float = setting(0.0, "share of the way back to the averaged weights", low=-1.0, high=1.0)
     rest_windows: int = setting(2, "windows after WARMUP without proposals", low=0, high=1 << 20)
     learn_share: float = setting(
-        0.01, "learned: floating-point work of learning, as a share of the trainer's", low=0.0, high=10.0
+        0.005, "learned: floating-point work of learning, as a share of the trainer's", low=0.0, high=10.0
     )
     chunk_steps: int = setting(
         0,

@@ -1,7 +1,8 @@
 """Turns memory readings into orders for the trainer. Pure: state in, state and messages out.
 
 Clean-up level: one MemoryOrder when it is entered, and a PhaseVeto that is renewed while it lasts,
-since a jump needs memory for its snapshot. Emergency: one CheckpointRequest per excursion, that is
+since a jump needs memory for its snapshot. A run that diverges is vetoed in the same way, so that one
+veto speaks for all reasons and none lifts another's. Emergency: one CheckpointRequest per excursion, that is
 until the level has been normal again. A GPU whose sensor stays unknown is vetoed too (blind is not
 safe); on a CPU unknown is only reported, because the operating system swaps before it kills.
 Never touches weights, never stops training: every veto lapses by itself.
@@ -26,6 +27,8 @@ class EnforcerState:
     memory: LevelState = field(default_factory=LevelState)
     unknown_samples: int = 0  # in a row
     checkpoint_asked: bool = False  # in this excursion
+    memory_reason: str = ""  # for a veto; "" = none
+    divergence_reason: str = ""  # the same of divergence.py
     veto_reason: str = ""  # of the active veto; "" = none
     vetoed_at_seconds: float = 0.0
     orders: int = 0  # given so far; numbers the ids
@@ -49,7 +52,8 @@ def enforce(
     unknown_samples = 0 if sample.used_bytes is not None else state.unknown_samples + 1
     level, before = memory.level, state.memory.level
     numbers = itertools.count(state.orders + 1)
-    new = replace(state, memory=memory, unknown_samples=unknown_samples)
+    reason = _memory_reason(level, unknown_samples, setting, sample)
+    new = replace(state, memory=memory, unknown_samples=unknown_samples, memory_reason=reason)
     out: list[Message] = []
 
     def next_id() -> str:
@@ -67,21 +71,39 @@ def enforce(
         new = replace(new, checkpoint_asked=False)
     out += _sensor_alerts(state, unknown_samples, sample, step)
 
-    reason = _veto_reason(level, unknown_samples, setting, sample)
+    new = replace(new, orders=next(numbers) - 1)
+    new, vetoes = _renewed_veto(new, setting, now_seconds=now_seconds)
+    return new, (*out, *vetoes)
+
+
+def object_to_divergence(
+    state: EnforcerState, reason: str, setting: Setting, *, now_seconds: float
+) -> tuple[EnforcerState, tuple[Message, ...]]:
+    """The next state and a veto or its end; `reason` is "" while the run is sound."""
+    return _renewed_veto(replace(state, divergence_reason=reason), setting, now_seconds=now_seconds)
+
+
+def _renewed_veto(
+    state: EnforcerState, setting: Setting, *, now_seconds: float
+) -> tuple[EnforcerState, tuple[Message, ...]]:
+    reason = state.memory_reason or state.divergence_reason
     renewal_due = now_seconds - state.vetoed_at_seconds >= RENEW_SECONDS
+    veto_id = f"{setting.generation}.{state.orders + 1}"
     if reason and (renewal_due or not state.veto_reason):
-        out.append(PhaseVeto(veto_id=next_id(), active=True, reason=reason, valid_seconds=VETO_SECONDS))
-        new = replace(new, veto_reason=reason, vetoed_at_seconds=now_seconds)
+        veto = PhaseVeto(veto_id=veto_id, active=True, reason=reason, valid_seconds=VETO_SECONDS)
+        state = replace(state, veto_reason=reason, vetoed_at_seconds=now_seconds)
     elif state.veto_reason and not reason:
-        out.append(PhaseVeto(veto_id=next_id(), active=False, reason="cleared", valid_seconds=0.0))
-        new = replace(new, veto_reason="")
-    return replace(new, orders=next(numbers) - 1), tuple(out)
+        veto = PhaseVeto(veto_id=veto_id, active=False, reason="cleared", valid_seconds=0.0)
+        state = replace(state, veto_reason="")
+    else:
+        return state, ()
+    return replace(state, orders=state.orders + 1), (veto,)
 
 
 _SEVERITY = {Level.NORMAL: "info", Level.CLEANUP: "warning", Level.EMERGENCY: "error"}
 
 
-def _veto_reason(level: Level, unknown_samples: int, setting: Setting, sample: VramSample) -> str:
+def _memory_reason(level: Level, unknown_samples: int, setting: Setting, sample: VramSample) -> str:
     if level > Level.NORMAL:
         return f"memory level {level.label}"
     if setting.is_gpu and unknown_samples >= LOST_SAMPLES:

@@ -24,7 +24,8 @@ from common.log import NodeLog
 from common.settings import MonitorSettings
 from common.streams import MONITOR, STREAMS
 from monitor_node.device import Device
-from monitor_node.enforcer import EnforcerState, Setting, enforce
+from monitor_node.divergence import DivergenceState
+from monitor_node.enforcer import EnforcerState, Setting, enforce, object_to_divergence
 from monitor_node.feed import Feed
 from monitor_node.liveness import Watch
 from monitor_node.run_view import RunView
@@ -97,6 +98,7 @@ class MonitorNode:
         self._log = log
         self._recorded_up_to = recorded_up_to
         self._enforcer = EnforcerState()
+        self._told_excursions = 0
         self._due_seconds: dict[str, float] = {}
         self._away_since_seconds: float | None = None
 
@@ -134,6 +136,7 @@ class MonitorNode:
             sample_seconds = self.view.settings.monitor.sample_seconds
             if self.view.ended is None and self._is_due("sample", sample_seconds):
                 self._sample()
+            self._object_to_divergence()
             if self._away_since_seconds is None:
                 for message in self.view.watch.changes(self._clock.monotonic()):
                     self._outbox.put(message)
@@ -164,14 +167,30 @@ class MonitorNode:
             return  # nothing to measure before the trainer says who it is
         sample = self._device.sample(self.view.trainer_process)
         self._outbox.put(sample)
-        setting = Setting(
-            generation=self._generation, is_gpu=self._device.is_gpu, monitor=self.view.settings.monitor
-        )
         self._enforcer, messages = enforce(
-            self._enforcer, sample, setting, now_seconds=self._clock.monotonic(), step=self.view.step
+            self._enforcer, sample, self._setting(), now_seconds=self._clock.monotonic(), step=self.view.step
         )
         for message in messages:
             self._outbox.put(message)
+
+    def _object_to_divergence(self) -> None:
+        """An Alert for each excursion, and a veto while one lasts: prediction pauses, training never does."""
+        found = self.view.divergence
+        if found.excursions != self._told_excursions:
+            self._told_excursions = found.excursions
+            alert = divergence_alert(found)
+            if alert is not None and not any(alert == row.alert for row in self.view.alerts):
+                self._outbox.put(alert)
+        reason = found.critical.text if found.critical is not None and self.view.ended is None else ""
+        self._enforcer, messages = object_to_divergence(
+            self._enforcer, reason, self._setting(), now_seconds=self._clock.monotonic()
+        )
+        for message in messages:
+            self._outbox.put(message)
+
+    def _setting(self) -> Setting:
+        is_gpu = self._device is not None and self._device.is_gpu
+        return Setting(generation=self._generation, is_gpu=is_gpu, monitor=self.view.settings.monitor)
 
     def _publish_snapshot(self) -> None:
         now_seconds = self._clock.monotonic()
@@ -189,6 +208,15 @@ class MonitorNode:
             return False
         self._due_seconds[what] = now_seconds + every_seconds
         return True
+
+
+def divergence_alert(found: DivergenceState) -> m.Alert | None:
+    """Of the newest excursion: equal for equal runs, so that a second monitor does not repeat it."""
+    signal = found.newest_critical
+    if signal is None:
+        return None
+    text = f"{signal.text}; prediction pauses while this lasts"
+    return m.Alert(node=MONITOR, severity="error", kind=signal.kind, text=text, step=found.critical_step)
 
 
 def stream_lengths(bus: Bus) -> dict[str, int]:

@@ -7,6 +7,7 @@ curves; counters count every try. snapshot.py turns the view into a JSON-able di
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
@@ -16,7 +17,9 @@ from common.config import settings_from_toml
 from common.errors import SettingsError
 from common.settings import RunSettings
 from common.streams import MONITOR, TRAINER
+from monitor_node import divergence
 from monitor_node.device import TrainerProcess
+from monitor_node.divergence import DivergenceState
 from monitor_node.liveness import Watch
 from monitor_node.series import Curve, Strip
 from monitor_node.thresholds import LevelState, limits_of, next_level
@@ -75,6 +78,7 @@ class RunView:
     level: LevelState = field(default_factory=LevelState)
     veto: m.PhaseVeto | None = None
     dead_letters: int = 0
+    divergence: DivergenceState = field(default_factory=DivergenceState)
     trainer_process: TrainerProcess | None = None
     health: dict[str, m.HealthSample] = field(default_factory=dict)
     train: Curve = field(default_factory=Curve)
@@ -164,6 +168,13 @@ class RunView:
         known = self.started is None or self.started.feature_version == features.VERSION
         if known and len(message.features) == len(features.NAMES):
             self.loss = message.features[_LOSS]
+            self.divergence, _ = divergence.observed(
+                self.divergence,
+                step=message.step,
+                phase=message.phase,
+                loss=self.loss,
+                gradient_norm=math.hypot(*message.gradient_norms),
+            )
             self.units_per_step = 10.0 ** min(message.features[_UNITS_PER_STEP], 18.0)
             self.train.add(message.step, self.loss)
 
@@ -179,6 +190,7 @@ class RunView:
 
     def _fold_decision(self, message: m.PhaseDecision) -> None:
         self.decision = message
+        self.divergence = divergence.decided(self.divergence, message)
         if message.horizon_steps > 0:
             self.proposals += 1
             self._decisions[message.decision_id] = message
@@ -189,6 +201,9 @@ class RunView:
         self.verdicts[message.verdict] += 1
         self.lost_steps += message.lost_steps
         self.attempt = message.attempt
+        self.divergence, _ = divergence.settled(
+            self.divergence, message, probation_steps=self.settings.trainer.probation_steps
+        )
         if message.verdict in UNDONE:
             self._undo_above(message.base_step)
             self.step = message.base_step

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.messages import APPLIED_VERDICTS, CheckpointRequest, Verdict
 from common.streams import NODES, TRAINER
+from monitor_node.divergence import Level
 from monitor_node.liveness import Liveness
 from monitor_node.run_view import OrderRow, ProposalRow, RunView, order_id_of
 from monitor_node.series import Curve, marker_of
@@ -65,6 +66,7 @@ def as_dict(view: RunView, *, now_seconds: float) -> dict[str, Any]:
             }
             for row in reversed(view.alerts)
         ],
+        "divergence": _divergence(view),
         "health": {
             node: {metric.name: metric.value for metric in sample.metrics}
             for node, sample in sorted(view.health.items())
@@ -213,6 +215,16 @@ def _memory(view: RunView) -> dict[str, Any]:
         "level": view.level.level.label,
         "cleanup_bytes": limits.cleanup_bytes if limits else None,
         "emergency_bytes": limits.emergency_bytes if limits else None,
+    }
+
+
+def _divergence(view: RunView) -> dict[str, Any]:
+    found = view.divergence
+    return {
+        "level": max((kind.level for kind in found.kinds.values()), default=Level.NORMAL).label,
+        "kinds": {name: kind.level.label for name, kind in sorted(found.kinds.items())},
+        "excursions": found.excursions,
+        "text": found.critical.text if found.critical else "",
     }
 
 

@@ -107,4 +107,6 @@ def _policy_for(facts: RunFacts) -> LearnedPolicy:
     """Of the settings of the recorded run, starting from nothing."""
     settings = settings_from_toml(facts.settings_toml)
     settings = replace(settings, predictor=replace(settings.predictor, policy="learned", state=""))
-    return LearnedPolicy(settings, facts)
+    policy = LearnedPolicy(settings, facts)
+    policy.models.new_run(is_warm=True)  # offline there is no trainer to be fair to
+    return policy

@@ -42,7 +42,7 @@ from predictor_node.tempers import TEMPERS
 from predictor_node.ticks import TickMaker
 from predictor_node.warm_start import read_warm_start
 
-TICKS_PER_WINDOW = 8
+TICKS_PER_WINDOW = 4
 MAX_WINDOW_FACTOR = 8  # while nothing is worth trying, windows grow: a decision point is not free
 ON_PROBATION = {Verdict.ACCEPTED: False, Verdict.REFUSED: True}
 
@@ -64,9 +64,9 @@ class LearnedPolicy:
 
     def observe(self, observation: Observation, history: History) -> None:
         gap = history.contiguous_steps == 1
+        self.models.step_taken(observation)
         for tick in self.ticks.observe(observation, gap=gap):
             self.models.record(tick)
-        self.models.step_taken(observation)
         self.experience.observe(observation, history)
         if observation.decision_point is not None:
             self.models.window_ended(observation, observation.decision_point)
@@ -259,4 +259,4 @@ class LearnedPolicy:
         """Take over what other runs have taught. Raises CheckpointError."""
         self.experience.start_warm(state.values)
         self.models.load(state.values["models"], state.tensors, same_run=False)  # type: ignore[arg-type]
-        self.models.new_run()
+        self.models.new_run(is_warm=True)

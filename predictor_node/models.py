@@ -1,7 +1,8 @@
 """The learned parts that know how the run moves: world model, delta head, per-weight forecaster.
 
 Owns when they learn: the work of learning is counted in floating-point operations and may be at most
-`predictor.learn_share` of the trainer's, so a small job gets a small predictor and none slows down. What
+`predictor.learn_share` of the trainer's, so a small job gets a small predictor and none slows down: where
+that would not pay for MIN_UPDATES in the whole run, the world model sleeps unless it was fitted before. What
 the trainer does in a step is taken as 6 x weights x units (forward 2, backward 4; Kaplan et al. 2020,
 arXiv 2001.08361, eq. 2.2), which is too little for convolutions: then less is learned. Decides nothing.
 """
@@ -65,6 +66,8 @@ class Models:
             )
         self.samples: list[WindowSample] = []  # of this run, for `fit`
         self._credit_flops = 0.0
+        self._is_warm = False
+        self.is_awake = False
         self._jumps_seen = 0
         self._was_refused = False
 
@@ -73,8 +76,14 @@ class Models:
     def step_taken(self, observation: Observation) -> None:
         """The trainer worked: that much more may be learned."""
         units = 10.0 ** observation.features[_UNITS]
-        flops = FLOPS_PER_WEIGHT_AND_UNIT * self._num_weights * units
-        self._credit_flops += self._settings.predictor.learn_share * flops
+        allowed_flops = (
+            self._settings.predictor.learn_share * FLOPS_PER_WEIGHT_AND_UNIT * self._num_weights * units
+        )
+        planned_updates = allowed_flops * self._settings.trainer.steps / self.world.flops_per_update
+        self.is_awake = self._is_warm or planned_updates >= MIN_UPDATES
+        if not self.is_awake:
+            return
+        self._credit_flops += allowed_flops
         if observation.decision_point is not None:
             return  # the trainer is waiting for an answer
         for _ in range(MAX_UPDATES_AT_ONCE):
@@ -84,6 +93,8 @@ class Models:
             self.world.learn(1)
 
     def record(self, tick: Tick) -> None:
+        if not self.is_awake:
+            return
         self.world.record(tick)
         self._jumps_seen += tick.refused == tick.refused
         if self._credit_flops >= self.world.flops_per_tick:
@@ -155,14 +166,15 @@ class Models:
 
     # ---- state -------------------------------------------------------------------------------
 
-    def new_run(self) -> None:
-        """What was learned stays; where the former run stood does not."""
-        self._credit_flops, self._was_refused = 0.0, False
+    def new_run(self, *, is_warm: bool) -> None:
+        """What was learned stays; where the former run stood does not. A warm model never sleeps."""
+        self._credit_flops, self._was_refused, self._is_warm = 0.0, False, is_warm
 
     def values(self) -> dict[str, Any]:
         return {
             "credit_flops": self._credit_flops,
             "jumps_seen": self._jumps_seen,
+            "is_warm": self._is_warm,
             "was_refused": self._was_refused,
         }
 
@@ -176,7 +188,7 @@ class Models:
         """Raises CheckpointError. `same_run` false: of another run, whose shapes may differ in part."""
         try:
             parts = {name: part.tobytes() for name, part in load(tensors).items()}
-            self._jumps_seen = int(values["jumps_seen"])
+            self._jumps_seen, self._is_warm = int(values["jumps_seen"]), bool(values["is_warm"])
             self._credit_flops = float(values["credit_flops"])
             self._was_refused = bool(values["was_refused"])
             self.world = WorldModel.from_bytes(parts["world"], self.world.sizes.directions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from trainer_node.ledger import Ledger
 from trainer_node.links import DecisionSource
 from trainer_node.loop import Loop
 from trainer_node.optim.build import build_optimizers
+from trainer_node.read_out import check_read_out
 from trainer_node.snapshot import make_store
 from trainer_node.tasks import Task, build_task
 
@@ -49,16 +51,26 @@ def build_loop(
     generation: int,
     snapshot_folder: Path | None,
 ) -> Loop:
-    """The loop of a fresh run. Without prediction it holds no basis and takes no snapshots."""
+    """The loop of a fresh run. Without prediction it holds no basis and takes no snapshots.
+
+    Raises SettingsError for an average that nobody keeps.
+    """
+    check_read_out(settings)
     trainer = settings.trainer
     optimizers = build_optimizers(task.model, trainer.optimizer, task.device)
     groups = parameter_groups(task.model)
     basis = store = None
     if settings.predictor.enabled:
-        park, store = (
-            make_store(trainer.checkpoint.snapshot, task.device, snapshot_folder) for _ in range(2)
+        new_store = partial(make_store, trainer.checkpoint.snapshot, task.device, snapshot_folder)
+        store = new_store()
+        basis = Basis(
+            groups,
+            optimizers,
+            trainer.basis,
+            seed=trainer.seed,
+            park=new_store(),
+            make_history_store=new_store,
         )
-        basis = Basis(groups, optimizers, trainer.basis, seed=trainer.seed, park=park)
     return Loop(
         task,
         optimizers,

@@ -1,8 +1,9 @@
 """Averaged weights and their drift, in full or in half the memory.
 
-Owns, per parameter theta: the exponential average a (time constant n steps), the drift of a since
-the window began, and the slow drift b <- mu b + drift, taken once per window (AdEMAMix-like
-memory; with n = 0 it is the outer momentum of SNOO). Reads weights, never writes them.
+Owns, per parameter theta: the exponential average a (time constant n steps, constant or growing with
+the run: TimeConstant), the drift of a since the window began, and the slow drift b <- mu b + drift,
+taken once per window (AdEMAMix-like memory; with n = 0 it is the outer momentum of SNOO). Reads
+weights, never writes them.
 
 ExactAverages keeps a, a at the window's start, and b in the dtype of the weights: 3 x weights, of which
 the middle one is parked in a store (host memory of a GPU, a file on CPU): no step needs it.
@@ -61,11 +62,42 @@ def make_averages(
     average_steps: int,
     slow_momentum: float,
     dtype: str,
+    average_share: float = 0.0,
     park: TensorStore | None = None,
 ) -> Averages:
     if dtype == "bf16":
-        return CompactAverages(parameters, average_steps=average_steps, slow_momentum=slow_momentum)
-    return ExactAverages(parameters, average_steps=average_steps, slow_momentum=slow_momentum, park=park)
+        return CompactAverages(
+            parameters,
+            average_steps=average_steps,
+            slow_momentum=slow_momentum,
+            average_share=average_share,
+        )
+    return ExactAverages(
+        parameters,
+        average_steps=average_steps,
+        slow_momentum=slow_momentum,
+        average_share=average_share,
+        park=park,
+    )
+
+
+class TimeConstant:
+    """How long an average remembers: n = max(average_steps, average_share * t) after t steps.
+
+    A new value has the weight 1/n. With a share the average is one over the tail of the run, whose length
+    grows along: polynomial-decay averaging (Shamir & Zhang 2013, section 4, with eta = 1/share - 1;
+    Karras et al. 2024, section 3.1). Share 1 is the mean of all iterates (Polyak & Juditsky 1992).
+    """
+
+    def __init__(self, average_steps: int, average_share: float) -> None:
+        self._average_steps, self._average_share = average_steps, average_share
+        self.steps_seen = torch.zeros((), dtype=torch.int64)
+
+    def next_weight(self) -> float:
+        """Of the value after one more step, which is counted."""
+        self.steps_seen += 1
+        grown_steps = self._average_share * int(self.steps_seen) if self._average_share else 0.0
+        return 1.0 / max(1.0, self._average_steps, grown_steps)
 
 
 class ExactAverages:
@@ -75,11 +107,12 @@ class ExactAverages:
         *,
         average_steps: int,
         slow_momentum: float,
+        average_share: float = 0.0,
         park: TensorStore | None = None,
     ) -> None:
         """`park` keeps the average of the window's start, which no step needs; default: process memory."""
         self._parameters = [p.detach() for p in parameters]
-        self._weight = 1.0 / max(1, average_steps)
+        self._memory = TimeConstant(average_steps, average_share)
         self._slow_momentum = slow_momentum
         self._average = [p.clone() for p in self._parameters]
         self._park = park or MemoryStore()
@@ -91,7 +124,7 @@ class ExactAverages:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        torch._foreach_lerp_(self._average, self._parameters, self._weight)
+        torch._foreach_lerp_(self._average, self._parameters, self._memory.next_weight())
 
     @torch.no_grad()
     def begin_window(self) -> None:
@@ -118,12 +151,14 @@ class ExactAverages:
 
     def tensors(self) -> dict[str, Tensor]:
         start = [self._park.read(index) for index in range(len(self._average))]
-        return _named(average=self._average, window_start=start, slow=self._slow)
+        named = _named(average=self._average, window_start=start, slow=self._slow)
+        return {**named, "steps_seen": self._memory.steps_seen}
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:
         for name, tensor in _named(average=self._average, slow=self._slow).items():
             tensor.copy_(saved[name])
+        self._memory.steps_seen.copy_(saved["steps_seen"])
         self._park.save([saved[f"window_start.{index}"] for index in range(len(self._average))])
 
     def bytes_held(self) -> int:
@@ -131,13 +166,20 @@ class ExactAverages:
         return _num_bytes(self._average) + _num_bytes(self._slow) + parked_bytes
 
     def moving_tensors(self) -> list[Tensor]:
-        return list(self._average)
+        return [*self._average, self._memory.steps_seen]
 
 
 class CompactAverages:
-    def __init__(self, parameters: Sequence[Tensor], *, average_steps: int, slow_momentum: float) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        average_steps: int,
+        slow_momentum: float,
+        average_share: float = 0.0,
+    ) -> None:
         self._parameters = [p.detach() for p in parameters]
-        self._weight = 1.0 / max(1, average_steps)
+        self._memory = TimeConstant(average_steps, average_share)
         self._slow_momentum = slow_momentum
         self._offset, self._drift, self._slow = (
             [torch.zeros_like(p, dtype=torch.bfloat16) for p in self._parameters] for _ in range(3)
@@ -152,12 +194,13 @@ class CompactAverages:
     def after_step(self) -> None:
         # average' - average = (theta' - average) / n, with theta' - average = update - offset.
         # offset' = average' - theta' = -(1 - 1/n) (theta' - average).
+        weight = self._memory.next_weight()
         for parameter, before, offset, drift in zip(
             self._parameters, self._before, self._offset, self._drift, strict=True
         ):
             gap = before.neg_().add_(parameter).sub_(offset)
-            drift.copy_(drift + self._weight * gap)
-            offset.copy_(gap.mul_(self._weight - 1.0))
+            drift.copy_(drift + weight * gap)
+            offset.copy_(gap.mul_(weight - 1.0))
         self._before = []
 
     @torch.no_grad()
@@ -182,7 +225,8 @@ class CompactAverages:
         """The offset to the weights is unchanged: nothing to do."""
 
     def tensors(self) -> dict[str, Tensor]:
-        return _named(offset=self._offset, drift=self._drift, slow=self._slow)
+        named = _named(offset=self._offset, drift=self._drift, slow=self._slow)
+        return {**named, "steps_seen": self._memory.steps_seen}
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:
@@ -193,7 +237,7 @@ class CompactAverages:
         return _num_bytes(self._offset) + _num_bytes(self._drift) + _num_bytes(self._slow)
 
     def moving_tensors(self) -> list[Tensor]:
-        return list(self._offset)
+        return [*self._offset, self._memory.steps_seen]
 
 
 def _named(**lists: list[Tensor]) -> dict[str, Tensor]:

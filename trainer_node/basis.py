@@ -55,6 +55,7 @@ class Basis:
         self.averages: Averages = make_averages(
             self.parameters,
             average_steps=settings.average_steps,
+            average_share=settings.average_share,
             slow_momentum=settings.slow_momentum,
             dtype=settings.dtype,
             park=park,

@@ -30,6 +30,7 @@ from trainer_node.progress import progress_from_json
 from trainer_node.snapshot import random_state, set_random_state
 
 STATE_VERSION = 1
+READ_OUT = "read_out.safetensors"  # parameters; buffers are those of model.safetensors
 
 
 class Checkpoints:
@@ -43,14 +44,24 @@ class Checkpoints:
         self.last_failed = False  # the newest attempt left nothing behind
 
     def save(
-        self, loop: Loop, housekeeping: Mapping[str, Any], *, emergency: bool
+        self,
+        loop: Loop,
+        housekeeping: Mapping[str, Any],
+        *,
+        emergency: bool,
+        read_out: Mapping[str, Tensor] | None = None,
     ) -> CheckpointWritten | None:
-        """Capture the state now, make it durable in the background. None (and a report) if it failed."""
+        """Capture the state now, make it durable in the background. None (and a report) if it failed.
+
+        `read_out` are the parameters that count where they are not the loop's own: for use, not for resuming.
+        """
         self.wait()
         name = sealed_folder.folder_name(loop.progress.step, loop.generation, emergency=emergency)
         try:
             temporary = sealed_folder.begin(self._root, name)
             facts = _write(temporary, loop, housekeeping)
+            if read_out is not None:
+                save_file(_contiguous(read_out), temporary / READ_OUT)
         except (EnvironmentFault, OSError, SafetensorError) as error:
             self._fail(f"checkpoint {name} was not saved: {error}; free some space, older ones are intact")
             return None
@@ -142,10 +153,12 @@ def load(folder: Path, loop: Loop) -> dict[str, Any]:
 
 
 def load_weights(folder: Path, model: nn.Module) -> int:
-    """Weights only, for sampling; returns the step. Raises CheckpointError."""
+    """Weights that count, for sampling; returns the step. Raises CheckpointError."""
     manifest = sealed_folder.verify(folder)
     try:
         found = load_file(folder / "model.safetensors")
+        if (folder / READ_OUT).exists():
+            found.update(load_file(folder / READ_OUT))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read ({error}); use an older checkpoint") from None
     table = {name: [list(t.shape), dtype_name(t.dtype)] for name, t in found.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +32,7 @@ def cli() -> None:
       trainer-node up --data ~/src --steps 2000  learn from a folder of code
       trainer-node presets                       ready-made settings
       trainer-node resume runs/<run_id>          go on after a crash or Ctrl-C
+      trainer-node race digits --quick           is it faster? a race against other optimizers
     """
 
 
@@ -229,6 +232,45 @@ def list_settings() -> None:
     """
     for name, default, meaning in setting_rows():
         click.echo(f"{name:<38} {default:<18} {meaning}")
+
+
+@cli.command()
+@click.argument("task", required=False)
+@click.option("--arms", metavar="A,B", help="Default: all that belong to the rule; see --list.")
+@click.option("--seeds", type=int, metavar="N", help="Initial weights and batches; default: 10.")
+@click.option("--trials", type=int, metavar="N", help="Of tuning, the same for every arm; default: 8.")
+@click.option("--rule", type=click.Choice(["constant", "decayed", "fitted"]), help="Default: decayed.")
+@click.option("--budget", "budget_minutes", type=float, metavar="MIN", help="Start no run after that.")
+@click.option("--workers", type=int, metavar="N", help="Processes; default: physical cores.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: races/<task>.<rule>.")
+@click.option("--data", metavar="PATH", help="Text to learn from.")
+@click.option("--quick", is_flag=True, help="A smoke race: three arms, two seeds, short runs.")
+@click.option("--audit", is_flag=True, help="Judge the guard by the road not taken, instead of racing.")
+@click.option("--fitted-on", type=int, metavar="N", help="First fit the predictor on N earlier runs.")
+@click.option("--evidence", is_flag=True, help="Write docs/evidence/<task>.<rule>.json at the end.")
+@click.option("--list", "show_list", is_flag=True, help="Tasks and arms with their meaning.")
+def race(task: str | None, show_list: bool, **options: Any) -> None:
+    """Race optimizers, ours among them, to the same held-out loss; goes on where it stopped.
+
+    \b
+    Examples:
+      trainer-node race --list
+      trainer-node race digits --quick
+      trainer-node race text --data book.txt --arms adamw-decay,ours --seeds 5 --budget 60
+    """
+    if show_list:
+        from trainer_node.race.show import list_lines
+
+        click.echo("\n".join(list_lines()))
+        return
+    if task is None:
+        raise click.UsageError("name a task; `trainer-node race --list` shows them")
+    from trainer_node.race.options import RaceOptions
+    from trainer_node.race.race import race as run_race
+
+    command = shlex.join(["trainer-node", *sys.argv[1:]])
+    today = datetime.now().date().isoformat()
+    raise click.exceptions.Exit(run_race(RaceOptions(task=task, command=command, today=today, **options)))
 
 
 def main() -> None:

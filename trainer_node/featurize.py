@@ -1,4 +1,4 @@
-"""Numbers of a step -> the observation vector of common.features. Pure Python and numpy, no tensors.
+"""Numbers of a step -> the observation vector of common.features. Pure Python, no tensors.
 
 Keeps rolling windows of 64 steps and three exponential averages; that state is part of every
 checkpoint and is set back with the weights. Costs tens of microseconds (docs/benchmarks.md).
@@ -9,15 +9,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import numpy as np
+from operator import itemgetter, mul
 
 from common.features import NAMES
 from common.messages import Outcome, Phase, Verdict
 
 LONG, SHORT = 64, 16
 _TINY = 1e-12
+_OFFSETS: dict[int, tuple[float, ...]] = {}  # by count: positions about their middle
+_in_order = itemgetter(*NAMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,8 @@ class Rolling:
         if len(self.values) > LONG:
             del self.values[0]
 
-    def array(self, count: int = LONG) -> np.ndarray:
-        return np.asarray(self.values[-count:], dtype=np.float64)
+    def newest(self, count: int) -> list[float]:
+        return self.values[-count:]
 
 
 @dataclass(slots=True)
@@ -122,15 +124,14 @@ def featurize(
     """Update the state with one step and return the (F,) vector in the order of common.features."""
     previous_loss = state.losses.values[-1] if state.losses.values else loss
     _push(state, facts, loss=loss, gradient_norm=gradient_norm, clip_scale=clip_scale)
-    with np.errstate(invalid="ignore"):  # an infinite loss is told in numbers, not in warnings
-        values = {
-            **_loss_features(state, loss, previous_loss),
-            **_gradient_features(state, gradient_norm, clip_scale),
-            **_schedule_features(state, facts),
-            **_cost_features(state, facts),
-            **_jump_features(state, facts, loss),
-        }
-    return tuple(float(values[name]) for name in NAMES)
+    values = {
+        **_loss_features(state, loss, previous_loss),
+        **_gradient_features(state, gradient_norm, clip_scale),
+        **_schedule_features(state, facts),
+        **_cost_features(state, facts),
+        **_jump_features(state, facts, loss),
+    }
+    return tuple(map(float, _in_order(values)))
 
 
 def _push(
@@ -155,18 +156,19 @@ def _ema(averages: list[float], value: float, steps: tuple[int, ...]) -> list[fl
 
 
 def _loss_features(state: FeatureState, loss: float, previous_loss: float) -> dict[str, float]:
-    long, short = state.losses.array(), state.losses.array(SHORT)
-    mean_64, std_64 = float(long.mean()), float(long.std())
+    long, short = state.losses.values, state.losses.newest(SHORT)
+    mean_64, std_64 = _mean_and_deviation(long)
+    mean_16, std_16 = _mean_and_deviation(short)
     ema_4, ema_16, ema_64 = state.loss_averages
     return {
         "loss": loss,
         "loss_ema_4": ema_4,
         "loss_ema_16": ema_16,
         "loss_ema_64": ema_64,
-        "loss_mean_16": float(short.mean()),
-        "loss_std_16": float(short.std()),
-        "loss_min_16": float(short.min()),
-        "loss_max_16": float(short.max()),
+        "loss_mean_16": mean_16,
+        "loss_std_16": std_16,
+        "loss_min_16": _extreme(min, short),
+        "loss_max_16": _extreme(max, short),
         "loss_mean_64": mean_64,
         "loss_std_64": std_64,
         "loss_slope_16": _slope(short),
@@ -179,18 +181,18 @@ def _loss_features(state: FeatureState, loss: float, previous_loss: float) -> di
 
 
 def _gradient_features(state: FeatureState, norm: float, clip_scale: float) -> dict[str, float]:
-    norms = state.norms.array()
-    mean = float(norms.mean())
+    mean, deviation = _mean_and_deviation(state.norms.values)
+    clips = state.clips.values
     ema_16, ema_64 = state.norm_averages
     return {
         "log10_grad_norm": _log10(norm),
         "log10_grad_norm_ema_16": _log10(ema_16),
         "log10_grad_norm_ema_64": _log10(ema_64),
         "grad_norm_over_ema_64": _ratio(norm, ema_64),
-        "grad_norm_cv_64": _ratio(float(norms.std()), mean),
+        "grad_norm_cv_64": _ratio(deviation, mean),
         "clip_scale": clip_scale,
-        "clipped_share_64": float(state.clips.array().mean()),
-        "grad_norm_max_64_over_mean": _ratio(float(norms.max()), mean),
+        "clipped_share_64": sum(clips) / len(clips),
+        "grad_norm_max_64_over_mean": _ratio(_extreme(max, state.norms.values), mean),
     }
 
 
@@ -224,10 +226,10 @@ def _schedule_features(state: FeatureState, facts: StepFacts) -> dict[str, float
 
 
 def _cost_features(state: FeatureState, facts: StepFacts) -> dict[str, float]:
-    seconds = state.seconds.array()
+    seconds = state.seconds.values
     return {
         "log10_step_seconds": _log10(facts.step_seconds),
-        "step_seconds_over_ema_64": _ratio(facts.step_seconds, float(seconds.mean())),
+        "step_seconds_over_ema_64": _ratio(facts.step_seconds, sum(seconds) / len(seconds)),
         "data_wait_share": _ratio(facts.data_seconds, facts.step_seconds),
         "check_share_of_run": _ratio(state.check_passes, state.all_passes),
         "lost_share_of_run": _ratio(state.lost_passes, state.all_passes),
@@ -254,13 +256,27 @@ def _jump_features(state: FeatureState, facts: StepFacts, loss: float) -> dict[s
     }
 
 
-def _slope(values: np.ndarray) -> float:
+def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    """Population deviation. Sums over 64 floats are faster in plain Python than by way of an array."""
+    count = len(values)
+    mean = sum(values) / count
+    return mean, math.sqrt(sum([(value - mean) * (value - mean) for value in values]) / count)
+
+
+def _extreme(of: Callable[[list[float]], float], values: list[float]) -> float:
+    """Least or greatest; NaN if one of them is, wherever it stands."""
+    total = sum(values)
+    return of(values) if total == total or not any(map(math.isnan, values)) else math.nan
+
+
+def _slope(values: list[float]) -> float:
     """Least-squares slope per step."""
     n = len(values)
     if n < 2:
         return 0.0
-    x = np.arange(n) - (n - 1) / 2
-    return float(x @ values) / (n * (n * n - 1) / 12)
+    middle = (n - 1) / 2
+    offsets = _OFFSETS.get(n) or _OFFSETS.setdefault(n, tuple(x - middle for x in range(n)))
+    return sum(map(mul, offsets, values)) / (n * (n * n - 1) / 12)
 
 
 def _ratio(value: float, base: float) -> float:

@@ -9,6 +9,7 @@ of 16 bytes per tensor. Not a cryptographic digest: files use SHA-256.
 
 import hashlib
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -35,12 +36,21 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 def _word_sums(tensor: Tensor) -> Tensor:
     """(2,) int64."""
     words = tensor.contiguous().view(-1).view(_WORDS[tensor.element_size()])
-    total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    firsts, seconds = [], []
     for start in range(0, words.numel(), _CHUNK_WORDS):
         chunk = words[start : start + _CHUNK_WORDS].to(torch.int64)
-        odd = torch.arange(
-            2 * start + 1, 2 * (start + chunk.numel()) + 1, 2, dtype=torch.int64, device=tensor.device
-        )
-        total[0] += chunk.sum()
-        total[1] += (chunk * odd).sum()
-    return total
+        first = chunk.sum()
+        firsts.append(first)
+        # 2 (start + j) + 1 = (2 j + 1) + 2 start: one table of odd numbers serves all chunks.
+        seconds.append((chunk * _odd_numbers(tensor.device)[: chunk.numel()]).sum() + 2 * start * first)
+    if len(firsts) == 1:
+        return torch.stack([firsts[0], seconds[0]])
+    if not firsts:
+        return torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    return torch.stack([torch.stack(firsts).sum(), torch.stack(seconds).sum()])
+
+
+@cache
+def _odd_numbers(device: torch.device) -> Tensor:
+    """1, 3, 5, ...: 2 MiB per device."""
+    return torch.arange(1, 2 * _CHUNK_WORDS, 2, dtype=torch.int64, device=device)

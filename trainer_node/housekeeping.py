@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from common.messages import Alert, CheckpointRequest, Evaluation, MemoryOrder, Message, OrderDone
 from common.streams import TRAINER
 from trainer_node import ledger as purposes
 from trainer_node.checkpoint import Checkpoints
 from trainer_node.loop import Loop
+from trainer_node.read_out import copy_of_parameters, put_parameters, weights_that_count
 from trainer_node.step import autocast, mean_loss
 
 LOST_STEPS = 8  # successive non-finite losses; a single one may pass
@@ -55,14 +57,24 @@ class Housekeeping:
             self._obey(loop, order)
 
     def end(self, loop: Loop, *, emergency: bool) -> None:
-        """The last held-out loss (unless in a hurry) and the last checkpoint."""
+        """The last held-out loss (unless in a hurry) and the last checkpoint; the model keeps what counts."""
+        averaged = None
         if not emergency:
-            self.evaluate(loop)
-        self.save(loop, emergency=emergency)
+            with weights_that_count(loop) as is_average:
+                self._evaluate_in_place(loop)
+                averaged = copy_of_parameters(loop.task.model) if is_average else None
+        self.save(loop, emergency=emergency, read_out=averaged)
+        if averaged is not None:
+            put_parameters(loop.task.model, averaged)
         if self._checkpoints is not None:
             self._checkpoints.close()
 
     def evaluate(self, loop: Loop) -> None:
+        """The held-out loss of the weights that count."""
+        with weights_that_count(loop):
+            self._evaluate_in_place(loop)
+
+    def _evaluate_in_place(self, loop: Loop) -> None:
         task = loop.task
         with loop.ledger.span(purposes.EVALUATION):
             batches = list(task.validation)
@@ -83,14 +95,16 @@ class Housekeeping:
             )
         )
 
-    def save(self, loop: Loop, *, emergency: bool = False) -> None:
+    def save(
+        self, loop: Loop, *, emergency: bool = False, read_out: Mapping[str, Tensor] | None = None
+    ) -> None:
         if self._checkpoints is None:
             return
         with loop.ledger.span(purposes.CHECKPOINTS):
             loop.settle_observations()
             is_best = self.last_loss < self.best_loss
             self.best_loss = min(self.best_loss, self.last_loss)
-            written = self._checkpoints.save(loop, self.to_json(), emergency=emergency)
+            written = self._checkpoints.save(loop, self.to_json(), emergency=emergency, read_out=read_out)
             if written is not None:
                 self._checkpoints.best_name = written.name if is_best else self._checkpoints.best_name
                 self._emit(written)

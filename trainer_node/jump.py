@@ -1,108 +1,41 @@
 """One proposal from snapshot to verdict: PREDICT and the two ends of CORRECT.
 
-    start   guard loss, snapshot, apply, guard loss   -> RUINED (already restored) or on probation
-    finish  guard loss after the probation's steps     -> ACCEPTED, or REFUSED (restored)
-    abort   the run stops during probation             -> ABORTED (restored)
+    start    guard loss, snapshot, apply, guard loss   -> RUINED (already restored) or on probation
+    finish   guard loss after the probation's steps     -> ACCEPTED, or REFUSED (restored)
+    abort    the run stops during probation             -> ABORTED (restored)
 
-Everything it costs is in the Outcome. Real steps are the loop's business; phases are phases.py's.
+Without the guard (verify.enabled = false, for races) there is no snapshot and no check, so there is
+no way back: a jump is kept whatever becomes of it. Everything it costs is in the Outcome. Real steps
+are the loop's business; phases are phases.py's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-
-import torch
+from dataclasses import replace
 
 from common.errors import EnvironmentFault
 from common.messages import Outcome, PhaseDecision, Verdict
-from common.settings import VerifySettings
 from trainer_node import ledger as purposes
-from trainer_node.basis import Basis
-from trainer_node.delta import AppliedDelta, apply_delta, coefficients_of
+from trainer_node.delta import AppliedDelta, move
 from trainer_node.fingerprint import fingerprint
-from trainer_node.ledger import CHECK_PASSES, Ledger
-from trainer_node.snapshot import Snapshot, TensorStore
-from trainer_node.verify import NoJumpForecast, forecast_without_jump, is_ruin, judge, ruin_bound
+from trainer_node.parts import move_at_once, move_in_parts
+from trainer_node.snapshot import Snapshot
+from trainer_node.trial import Before, Jump, JumpTools, blank_outcome
+from trainer_node.verify import NoJumpForecast, forecast_without_jump, judge, ruin_bound
+from trainer_node.weight_forecast import WeightForecaster
+
+# Over more probations than this the loss bends: such a pause says nothing about the guard's noise.
+LONGEST_SAMPLE_PROBATIONS = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class JumpTools:
-    """What every jump of a run shares."""
+def start_jump(
+    tools: JumpTools, decision: PhaseDecision, before: Before, forecaster: WeightForecaster | None = None
+) -> Jump | Outcome:
+    """Take the jump. An Outcome means it is over already: FAILED, MALFORMED (zero delta), RUINED or REFUSED.
 
-    basis: Basis
-    optimizers: Sequence[torch.optim.Optimizer]
-    store: TensorStore
-    guard_loss: Callable[[], float]  # nats on the held-back batches, evaluation mode
-    ledger: Ledger
-    settings: VerifySettings
-    probation_steps: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Before:
-    """The run just before the jump, as far as the verdict needs it."""
-
-    attempt: int
-    recent_losses: Sequence[float]
-    first_loss: float
-    loss_noise: float
-    waiting_seconds: float
-    full_step_seconds: float
-
-
-@dataclass
-class Jump:
-    """A proposal on probation, or its end."""
-
-    decision: PhaseDecision
-    outcome: Outcome
-    snapshot: Snapshot
-    delta: AppliedDelta
-    step_seconds: list[float] = field(default_factory=list)  # of the probation's steps so far
-    step_passes: float = 0.0  # the same in forward-equivalents
-
-
-def blank_outcome(
-    decision_id: str,
-    verdict: Verdict,
-    *,
-    step: int,
-    attempt: int,
-    horizon_steps: int = 0,
-    waiting_seconds: float = 0.0,
-    full_step_seconds: float = 0.0,
-) -> Outcome:
-    """The outcome of a decision that moved no weight."""
-    return Outcome(
-        decision_id=decision_id,
-        verdict=verdict,
-        base_step=step,
-        attempt=attempt,
-        horizon_steps=horizon_steps,
-        loss_before=math.nan,
-        loss_after=math.nan,
-        loss_end=math.nan,
-        loss_forecast=math.nan,
-        loss_spread=math.nan,
-        delta_norm=0.0,
-        delta_cosine=math.nan,
-        probation_steps=0,
-        lost_steps=0,
-        passes=0.0,
-        waiting_seconds=waiting_seconds,
-        snapshot_seconds=0.0,
-        jump_seconds=0.0,
-        check_seconds=0.0,
-        restore_seconds=0.0,
-        lost_seconds=0.0,
-        full_step_seconds=full_step_seconds,
-    )
-
-
-def start_jump(tools: JumpTools, decision: PhaseDecision, before: Before) -> Jump | Outcome:
-    """Take the jump. An Outcome means it is over already: FAILED, MALFORMED (zero delta) or RUINED."""
+    `forecaster` is the one that the decision brings, if it does.
+    """
     outcome = blank_outcome(
         decision.decision_id,
         Verdict.ACCEPTED,
@@ -112,78 +45,122 @@ def start_jump(tools: JumpTools, decision: PhaseDecision, before: Before) -> Jum
         waiting_seconds=before.waiting_seconds,
         full_step_seconds=before.full_step_seconds,
     )
-    check_passes = CHECK_PASSES * tools.settings.guard_batches
+    if not tools.settings.enabled:
+        return _jump_unguarded(tools, decision, before, outcome, forecaster)
     with tools.ledger.span(purposes.SNAPSHOTS) as saving:
         try:
             averages = tools.basis.averages.moving_tensors()
             snapshot = Snapshot(tools.store, tools.basis.parameters, tools.optimizers, averages)
         except EnvironmentFault:
             return replace(outcome, verdict=Verdict.FAILED)
-    with tools.ledger.span(purposes.CHECKS, passes=check_passes) as check_before:
-        loss_before = tools.guard_loss()
-    with tools.ledger.span(purposes.JUMPS) as jumping:
-        delta = apply_delta(tools.basis, coefficients_of(decision))
-        moved = fingerprint(tools.basis.parameters) != decision.base_fingerprint
-    with tools.ledger.span(purposes.CHECKS, passes=check_passes) as check_after:
-        loss_after = tools.guard_loss()
-    forecast = forecast_without_jump(before.recent_losses, horizon_steps=tools.probation_steps)
-    outcome = replace(
-        outcome,
-        loss_before=loss_before,
-        loss_after=loss_after,
-        loss_forecast=loss_before + forecast.change,
-        loss_spread=forecast.spread,
-        delta_norm=delta.norm,
-        passes=2 * check_passes,
-        snapshot_seconds=saving.seconds,
-        jump_seconds=jumping.seconds,
-        check_seconds=check_before.seconds + check_after.seconds,
-    )
+    jump = _look(tools, decision, before, replace(outcome, snapshot_seconds=saving.seconds), snapshot)
     bound = ruin_bound(
-        loss_before=loss_before,
+        loss_before=jump.outcome.loss_before,
         first_loss=before.first_loss,
         ruin_share=tools.settings.ruin_share,
         noise=before.loss_noise,
     )
-    jump = Jump(decision, outcome, snapshot, delta)
+    deltas = tools.deltas(decision, forecaster)
+    if decision.chunks > 1:
+        verdict = move_in_parts(tools, jump, deltas, bound=bound, slack=before.loss_noise)
+    else:
+        verdict = move_at_once(tools, jump, deltas, bound=bound)
+    return jump if verdict is None else _restore(tools, jump, verdict)
+
+
+def _look(
+    tools: JumpTools, decision: PhaseDecision, before: Before, outcome: Outcome, snapshot: Snapshot
+) -> Jump:
+    """The guard loss before the jump, and what it would be after probation without one."""
+    with tools.ledger.span(purposes.CHECKS, passes=tools.check_passes) as check:
+        loss_before = tools.guard_loss()
+    before.guard.observe(
+        decision.base_step,
+        loss_before,
+        longest_steps=LONGEST_SAMPLE_PROBATIONS * tools.probation_steps,
+    )
+    forecast = forecast_without_jump(
+        before.recent_losses,
+        horizon_steps=tools.probation_steps,
+        guard=before.guard,
+        loss_noise=before.loss_noise,
+    )
+    outcome = replace(
+        outcome,
+        loss_before=loss_before,
+        loss_forecast=loss_before + forecast.change,
+        loss_spread=forecast.spread,
+        passes=tools.check_passes,
+        check_seconds=check.seconds,
+    )
+    nothing = AppliedDelta(0.0, tools.basis.empty_sample(), tools.basis.empty_sample())
+    return Jump(decision, outcome, snapshot, nothing, before.guard)
+
+
+def _jump_unguarded(
+    tools: JumpTools,
+    decision: PhaseDecision,
+    before: Before,
+    outcome: Outcome,
+    forecaster: WeightForecaster | None,
+) -> Jump | Outcome:
+    with tools.ledger.span(purposes.JUMPS) as jumping:
+        delta = move(tools.basis, tools.deltas(decision, forecaster))
+        moved = fingerprint(tools.basis.parameters) != decision.base_fingerprint
+    outcome = replace(outcome, delta_norm=delta.norm, jump_seconds=jumping.seconds, chunks_applied=1)
     if not moved:
-        return _restore(tools, jump, Verdict.MALFORMED)
-    if is_ruin(loss_after, bound=bound):
-        return _restore(tools, jump, Verdict.RUINED)
-    return jump
+        return replace(outcome, verdict=Verdict.MALFORMED)
+    return Jump(decision, outcome, None, delta, before.guard)
 
 
 def finish_jump(tools: JumpTools, jump: Jump) -> Outcome:
     """Judge at the end of probation; restore if refused."""
-    check_passes = CHECK_PASSES * tools.settings.guard_batches
-    with tools.ledger.span(purposes.CHECKS, passes=check_passes) as check:
+    moved_Gm = tools.basis.sampled(tools.basis.parameters) - jump.delta.weights_Gm
+    jump.outcome = replace(
+        jump.outcome,
+        delta_cosine=tools.basis.cosine(jump.delta.sample_Gm, moved_Gm),
+        probation_steps=len(jump.step_seconds),
+    )
+    if jump.snapshot is None:
+        return _keep_unguarded(jump)
+    with tools.ledger.span(purposes.CHECKS, passes=tools.check_passes) as check:
         loss_end = tools.guard_loss()
     before = jump.outcome
-    forecast = NoJumpForecast(change=before.loss_forecast - before.loss_before, spread=before.loss_spread)
     verdict = judge(
         loss_before=before.loss_before,
         loss_end=loss_end,
-        forecast=forecast,
+        forecast=NoJumpForecast(change=before.loss_forecast - before.loss_before, spread=before.loss_spread),
         tolerance=tools.settings.tolerance,
     )
-    moved_Gm = tools.basis.sampled(tools.basis.parameters) - jump.delta.weights_Gm
     jump.outcome = replace(
         before,
         verdict=verdict,
         loss_end=loss_end,
-        delta_cosine=tools.basis.cosine(jump.delta.sample_Gm, moved_Gm),
-        probation_steps=len(jump.step_seconds),
-        passes=before.passes + check_passes,
+        passes=before.passes + tools.check_passes,
         check_seconds=before.check_seconds + check.seconds,
     )
-    return jump.outcome if verdict is Verdict.ACCEPTED else _restore(tools, jump, verdict)
+    if verdict is not Verdict.ACCEPTED:
+        return _restore(tools, jump, verdict)
+    jump.guard.move_to(before.base_step + before.probation_steps, loss_end)
+    return jump.outcome
 
 
 def abort_jump(tools: JumpTools, jump: Jump) -> Outcome:
+    """The run stops: restored, or kept where there is no way back."""
+    if jump.snapshot is None:
+        jump.outcome = replace(jump.outcome, probation_steps=len(jump.step_seconds))
+        return _keep_unguarded(jump)
     return _restore(tools, jump, Verdict.ABORTED)
 
 
+def _keep_unguarded(jump: Jump) -> Outcome:
+    """ACCEPTED, or REFUSED when a training loss was not finite; kept in both cases: nothing is lost."""
+    sound = all(math.isfinite(loss) for loss in jump.losses)
+    return replace(jump.outcome, verdict=Verdict.ACCEPTED if sound else Verdict.REFUSED)
+
+
 def _restore(tools: JumpTools, jump: Jump, verdict: Verdict) -> Outcome:
+    assert jump.snapshot is not None, "a restore needs a snapshot"
     with tools.ledger.span(purposes.SNAPSHOTS) as restoring:
         jump.snapshot.restore()
     lost_steps = len(jump.step_seconds)
@@ -195,5 +172,5 @@ def _restore(tools: JumpTools, jump: Jump, verdict: Verdict) -> Outcome:
         lost_steps=lost_steps,
         lost_seconds=sum(jump.step_seconds),
         passes=jump.outcome.passes + jump.step_passes,
-        restore_seconds=restoring.seconds,
+        restore_seconds=jump.outcome.restore_seconds + restoring.seconds,
     )

@@ -20,7 +20,7 @@ CHECK_PASSES = 1.0
 
 STEPS, CHECKS, WAITING, SNAPSHOTS, JUMPS = "steps", "verification", "waiting", "snapshots", "jumps"
 EVALUATION, CHECKPOINTS, WINDOWS = "evaluation", "checkpoints", "windows"
-DATA = "data"  # part of STEPS
+DATA, CORRECTIONS = "data", "corrections"  # parts of STEPS
 
 
 class Span:

@@ -11,7 +11,6 @@ without predictor is a plain training loop, bit for bit (tests/trainer/test_loop
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,26 +21,26 @@ import torch
 
 from common.messages import (
     APPLIED_VERDICTS,
-    DecisionPoint,
     Message,
     Outcome,
     Phase,
     PhaseDecision,
     Verdict,
 )
+from common.schedule import rate_factor
 from common.settings import TrainerSettings
 from trainer_node import ledger as purposes
 from trainer_node import phases
 from trainer_node.basis import Basis
-from trainer_node.featurize import StepFacts, note_outcome
-from trainer_node.fingerprint import fingerprint
+from trainer_node.correct import correct_jump
+from trainer_node.delta import forecaster_of
+from trainer_node.featurize import note_outcome
 from trainer_node.groups import ParameterGroup
-from trainer_node.jump import Jump, JumpTools, abort_jump, finish_jump, start_jump
+from trainer_node.jump import abort_jump, finish_jump, start_jump
 from trainer_node.ledger import TRAIN_PASSES, Ledger
 from trainer_node.links import DecisionSource
+from trainer_node.observer import Observer
 from trainer_node.optim.build import set_rates
-from trainer_node.optim.schedule import rate_factor
-from trainer_node.probe import Probe
 from trainer_node.progress import (
     Progress,
     before_jump,
@@ -52,8 +51,9 @@ from trainer_node.progress import (
     step_facts,
 )
 from trainer_node.snapshot import TensorStore
-from trainer_node.step import StepTensors, autocast, mean_loss, train_step
+from trainer_node.step import autocast, mean_loss, train_step
 from trainer_node.tasks import Task
+from trainer_node.trial import Jump, JumpTools, jump_tools
 
 
 class Loop:
@@ -80,18 +80,28 @@ class Loop:
         self.stop_requested = False
         self._housekeeping = housekeeping
         self._context = partial(autocast, task.device, settings.precision)
-        self._probe = Probe(optimizers, basis.averages if basis else None)
-        self._jump_tools = self._make_tools(store) if basis is not None and store is not None else None
+        self._observer = Observer(
+            optimizers, settings, basis=basis, ledger=ledger, emit=lambda message: self.emit(message)
+        )
+        self._jump_tools = None
+        if basis is not None and store is not None:
+            self._jump_tools = jump_tools(
+                settings,
+                basis=basis,
+                optimizers=optimizers,
+                store=store,
+                guard_loss=self.guard_loss,
+                ledger=ledger,
+            )
         self._jump: Jump | None = None
         self._undo: Progress | None = None
-        self._fingerprint = ""
         self._step_wall_seconds: deque[float] = deque(maxlen=16)
 
     # ---- the loop, on one screen -------------------------------------------------------------
 
     def run(self) -> None:
         """Until `steps` real steps are kept or a stop is requested."""
-        with self._probe, ExitStack() as at_the_end:
+        with self._observer.probe, ExitStack() as at_the_end:
             if self._jump_tools is not None:
                 at_the_end.callback(self._jump_tools.store.close)
             while not self._is_finished():
@@ -118,14 +128,14 @@ class Loop:
 
     def settle_observations(self) -> None:
         """Wait for the numbers of all steps taken: before the state is saved."""
-        self._tell_observations(wait=True)
+        self._observer.tell(self.progress, wait=True)
 
     def _come_to_rest(self) -> None:
         """To a state that may be saved: out of probation by a restore, past a decision point."""
         if self._jump is not None:
             self._settle(abort_jump(self.tools, self._jump))
         elif self.progress.phase.is_decision_point:
-            self._go_on(None, Verdict.MISSING, 0.0)
+            self._go_on(outcome_without_jump(self.progress, None, Verdict.MISSING, 0.0))
 
     # ---- a real step -------------------------------------------------------------------------
 
@@ -147,6 +157,7 @@ class Loop:
                 self.groups,
                 clip_norm=settings.optimizer.clip_norm,
                 context=self._context,
+                after_backward=self._correction(),
             )
         self._step_wall_seconds.append(span.wall_seconds)
         if self._jump is not None:
@@ -166,32 +177,14 @@ class Loop:
         progress.phase = phases.after_step(before, self.rules)
         if before.phase is Phase.WARMUP and progress.phase.phase is Phase.FULL:
             self._begin_window()
-        self._observe(tensors, facts)
+        losses = self._observer.observe(progress, tensors, facts)
+        if self._jump is not None:
+            self._jump.losses += losses
 
-    def _observe(self, tensors: StepTensors, facts: StepFacts) -> None:
-        progress = self.progress
-        self._probe.record(tensors, facts, progress.attempt)
-        point = None
-        at_point = progress.phase.is_decision_point
-        if at_point and self.basis is not None:
-            with self.ledger.span(purposes.WINDOWS):
-                self._fingerprint = fingerprint(self.basis.parameters)
-                point = self.basis.close_window(window=progress.phase.windows, fingerprint=self._fingerprint)
-            self._remember_norms(point)
-        # In lockstep what is in a message must not depend on when a copy arrived.
-        wait = at_point or progress.phase.is_judgement_point or self.settings.decision_mode == "lockstep"
-        self._tell_observations(wait=wait, decision_point=point)
-
-    def _tell_observations(self, *, wait: bool, decision_point: DecisionPoint | None = None) -> None:
-        progress = self.progress
-        for observation in self._probe.collect(progress.features, wait=wait, decision_point=decision_point):
-            progress.recent_losses.append(observation.features[0])
-            self.emit(observation)
-
-    def _remember_norms(self, point: DecisionPoint) -> None:
-        features = self.progress.features
-        features.parameter_norm = math.sqrt(sum(n * n for n in point.parameter_norms))
-        features.displacement_norm = math.sqrt(sum(n * n for n in point.displacement_norms))
+    def _correction(self) -> Callable[[], None] | None:
+        """What the step that comes now does between backward and update."""
+        jump = self._jump
+        return partial(correct_jump, self.tools, jump) if jump and jump.is_to_be_corrected else None
 
     def _begin_window(self) -> None:
         if self.basis is not None:
@@ -211,39 +204,59 @@ class Loop:
             )
         verdict = phases.objection(
             decision,
-            position=position_of(progress, self.generation, self._fingerprint, self.basis.num_groups),
+            position=position_of(
+                progress, self.generation, self._observer.fingerprint, self.basis.num_groups
+            ),
             state=progress.phase,
             rules=self.rules,
             veto=self.links.veto(),
         )
         if decision is None or verdict is not None:
-            self._go_on(decision, verdict or Verdict.MISSING, waiting.seconds)
+            outcome = outcome_without_jump(progress, decision, verdict or Verdict.MISSING, waiting.seconds)
+            asked_steps = decision.next_window_steps if decision and verdict is Verdict.REST else 0
+            self._go_on(outcome, asked_steps)
+        else:
+            self._take(decision, waiting.seconds)
+
+    def _take(self, decision: PhaseDecision, waiting_seconds: float) -> None:
+        """A decision without objection: onto probation, or on with a window if it is over at once."""
+        progress = self.progress
+        try:
+            forecaster = forecaster_of(self.tools.basis, decision)
+        except ValueError:
+            malformed = outcome_without_jump(progress, decision, Verdict.MALFORMED, waiting_seconds)
+            self._go_on(malformed, decision.next_window_steps)
             return
         self._undo = progress.copy()
-        jump = start_jump(self.tools, decision, before_jump(progress, waiting.seconds))
+        jump = start_jump(self.tools, decision, before_jump(progress, waiting_seconds), forecaster)
         if isinstance(jump, Outcome):
             self._undo = None
-            self._after_outcome(jump)
-            progress.phase = phases.after_decision(progress.phase, None, self.rules)
-            self._begin_window()
+            self._go_on(jump, decision.next_window_steps)
         else:
             self._jump = jump
-            progress.phase = phases.after_decision(progress.phase, decision.decision_id, self.rules)
+            progress.phase = phases.after_decision(
+                progress.phase,
+                decision.decision_id,
+                self.rules,
+                next_window_steps=decision.next_window_steps,
+            )
 
-    def _go_on(self, decision: PhaseDecision | None, verdict: Verdict, waiting_seconds: float) -> None:
-        self._after_outcome(outcome_without_jump(self.progress, decision, verdict, waiting_seconds))
-        self.progress.phase = phases.after_decision(self.progress.phase, None, self.rules)
+    def _go_on(self, outcome: Outcome, next_window_steps: int = 0) -> None:
+        """Past a decision point, into a window."""
+        self._after_outcome(outcome)
+        self.progress.phase = phases.after_decision(
+            self.progress.phase, None, self.rules, next_window_steps=next_window_steps
+        )
         self._begin_window()
 
     def _settle(self, outcome: Outcome) -> None:
         """The end of a probation, whatever the verdict."""
-        undo, judged_phase = self._undo, self.progress.phase
+        undo, jump, judged_phase = self._undo, self.on_probation, self.progress.phase
         self._jump, self._undo = None, None
-        if outcome.verdict is not Verdict.ACCEPTED:
+        if outcome.verdict is not Verdict.ACCEPTED and jump.snapshot is not None:
             assert undo is not None
-            self._probe.forget()
-            self.progress = undo
-            self.progress.attempt = outcome.attempt
+            self._observer.probe.forget()
+            self.progress = self.progress.after_restore(undo, outcome.attempt)
         self.progress.phase = phases.after_judgement(judged_phase, self.rules)
         self._after_outcome(outcome)
         self._begin_window()
@@ -270,18 +283,6 @@ class Loop:
     def on_probation(self) -> Jump:
         assert self._jump is not None, "no jump is on probation"
         return self._jump
-
-    def _make_tools(self, store: TensorStore) -> JumpTools:
-        assert self.basis is not None
-        return JumpTools(
-            basis=self.basis,
-            optimizers=self.optimizers,
-            store=store,
-            guard_loss=self.guard_loss,
-            ledger=self.ledger,
-            settings=self.settings.verify,
-            probation_steps=self.settings.probation_steps,
-        )
 
     def guard_loss(self) -> float:
         count = self.settings.verify.guard_batches

@@ -36,6 +36,7 @@ from trainer_node.housekeeping import Housekeeping
 from trainer_node.inbox import Inbox
 from trainer_node.links import DecisionSource, RecordedDecisions
 from trainer_node.loop import Loop
+from trainer_node.read_out import check_read_out
 from trainer_node.run_folder import RunFolder, newest_checkpoint
 from trainer_node.sinks import MetricSinks
 from trainer_node.summary import build_summary, write_summary
@@ -57,6 +58,7 @@ class TrainerJob:
 
 def run_trainer(job: TrainerJob, stop: threading.Event) -> int:
     """Train until done or told to stop. Returns the exit code; raises HybridError for known faults."""
+    check_read_out(job.settings)
     recorded = _recorded_decisions(job.decisions_file)
     start_from = _checkpoint_to_resume(job)
     task = prepare_task(job.settings.trainer)

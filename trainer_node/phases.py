@@ -18,6 +18,9 @@ from common.messages import Phase, PhaseDecision, Verdict
 # A proposal may stand for at most this many windows; beyond it the horizon is a mistake, not a plan
 # (useful jumps in shared notes reached 8 windows).
 MAX_HORIZON_WINDOWS = 64
+# A window may be this many times longer than configured: a resting run still asks now and then.
+MAX_WINDOW_STRETCH = 64
+MAX_CHUNKS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class PhaseState:
     steps_left: int  # real steps until this phase ends
     windows: int = 0  # FULL windows finished
     used_decision: str = ""  # id of the last decision that was applied
+    window_steps: int = 0  # length of the present or the coming window; 0 = as configured
 
     @property
     def is_decision_point(self) -> bool:
@@ -60,32 +64,59 @@ def first_state(rules: PhaseRules) -> PhaseState:
     return PhaseState(Phase.WARMUP, rules.statistics_steps)
 
 
+def window_length(asked_steps: int, rules: PhaseRules) -> int:
+    """Real steps of a window for which a decision asks `asked_steps`; 0 = as configured.
+
+    Clamped rather than refused: a length moves no weight, so a wrong one is no reason to lose a jump.
+    """
+    if asked_steps == 0:
+        return rules.window_steps
+    return max(rules.window_steps, min(MAX_WINDOW_STRETCH * rules.window_steps, asked_steps))
+
+
 def after_step(state: PhaseState, rules: PhaseRules) -> PhaseState:
     """One real step was taken."""
     if state.steps_left < 1 or state.phase is Phase.PREDICT:
         raise ValueError(f"no real step is due in {state}")
     state = replace(state, steps_left=state.steps_left - 1)
     if state.phase is Phase.WARMUP and state.steps_left == 0:
-        return replace(state, phase=Phase.FULL, steps_left=rules.window_steps)
+        return _new_window(state, 0, rules)
     if state.is_decision_point:
         return replace(state, windows=state.windows + 1)
     return state
 
 
-def after_decision(state: PhaseState, decision_id: str | None, rules: PhaseRules) -> PhaseState:
-    """Leave a decision point: into probation with the id of an applied decision, else into a window."""
+def after_decision(
+    state: PhaseState, decision_id: str | None, rules: PhaseRules, *, next_window_steps: int = 0
+) -> PhaseState:
+    """Leave a decision point: into probation with the id of an applied decision, else into a window.
+
+    `next_window_steps` is the length asked for the coming window, which is after probation if there is one.
+    """
     if not state.is_decision_point:
         raise ValueError(f"no decision is due in {state}")
     if decision_id is None:
-        return replace(state, steps_left=rules.window_steps)
-    return replace(state, phase=Phase.CORRECT, steps_left=rules.probation_steps, used_decision=decision_id)
+        return _new_window(state, next_window_steps, rules)
+    return replace(
+        state,
+        phase=Phase.CORRECT,
+        steps_left=rules.probation_steps,
+        used_decision=decision_id,
+        window_steps=next_window_steps,
+    )
 
 
 def after_judgement(state: PhaseState, rules: PhaseRules) -> PhaseState:
     """Probation is over, whatever the verdict."""
     if state.phase is not Phase.CORRECT:
         raise ValueError(f"no judgement is due in {state}")
-    return replace(state, phase=Phase.FULL, steps_left=rules.window_steps)
+    return _new_window(state, state.window_steps, rules)
+
+
+def _new_window(state: PhaseState, asked_steps: int, rules: PhaseRules) -> PhaseState:
+    steps = window_length(asked_steps, rules)
+    stored = 0 if steps == rules.window_steps else steps
+    return replace(state, phase=Phase.FULL, steps_left=steps, window_steps=stored)
 
 
 def objection(
@@ -124,7 +155,15 @@ def _is_well_formed(decision: PhaseDecision, position: Position, rules: PhaseRul
         and 1 <= decision.horizon_steps <= MAX_HORIZON_WINDOWS * rules.window_steps
         and decision.num_groups == position.num_groups
         and decision.num_directions == position.num_directions
-        and len(decision.coefficients) == position.num_groups * position.num_directions
+        and len(decision.coefficients) in _lengths(decision, position)
         and all(math.isfinite(c) for c in decision.coefficients)
+        and 1 <= decision.chunks <= MAX_CHUNKS
+        and 0.0 <= decision.correction_share <= 1.0
         and position.step + rules.probation_steps <= rules.total_steps
     )
+
+
+def _lengths(decision: PhaseDecision, position: Position) -> tuple[int, ...]:
+    """A forecaster may come without coefficients."""
+    whole = position.num_groups * position.num_directions
+    return (whole, 0) if decision.forecaster else (whole,)

@@ -9,16 +9,16 @@ import itertools
 import math
 import statistics
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from common.messages import DIRECTIONS, Outcome, Phase, PhaseDecision, Verdict
+from common.schedule import decay_start_step
 from common.settings import TrainerSettings
 from trainer_node.featurize import FeatureState, StepFacts
-from trainer_node.jump import Before, blank_outcome
-from trainer_node.optim.schedule import decay_start_step
 from trainer_node.phases import PhaseRules, PhaseState, Position, first_state
 from trainer_node.tasks import Task
-from trainer_node.verify import MIN_FIT_POINTS
+from trainer_node.trial import Before, blank_outcome
+from trainer_node.verify import MIN_FIT_POINTS, GuardRecord
 
 
 @dataclass
@@ -28,9 +28,19 @@ class Progress:
     phase: PhaseState
     features: FeatureState
     recent_losses: deque[float]  # of the last two windows or more, for the no-jump forecast
+    guard: GuardRecord = field(default_factory=GuardRecord)
 
     def copy(self) -> Progress:
-        return replace(self, features=self.features.copy(), recent_losses=self.recent_losses.copy())
+        return replace(
+            self,
+            features=self.features.copy(),
+            recent_losses=self.recent_losses.copy(),
+            guard=self.guard.copy(),
+        )
+
+    def after_restore(self, former: Progress, attempt: int) -> Progress:
+        """`former`, set back to, with what was learned since: the new attempt and the guard's noise."""
+        return replace(former, attempt=attempt, guard=self.guard)
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -39,6 +49,7 @@ class Progress:
             "phase": {**asdict(self.phase), "phase": self.phase.phase.value},
             "features": self.features.to_json(),
             "recent_losses": list(self.recent_losses),
+            "guard": asdict(self.guard),
         }
 
 
@@ -74,7 +85,13 @@ def progress_from_json(values: dict, rules: PhaseRules) -> Progress:
         phase=PhaseState(**{**phase, "phase": Phase(phase["phase"])}),
         features=FeatureState.from_json(values["features"]),
         recent_losses=deque(values["recent_losses"], maxlen=_recent_steps(rules)),
+        guard=_guard_from_json(values.get("guard", {})),
     )
+
+
+def _guard_from_json(values: dict) -> GuardRecord:
+    changes = [(int(steps), float(change)) for steps, change in values.get("changes", [])]
+    return GuardRecord(**{**values, "changes": changes})
 
 
 def _recent_steps(rules: PhaseRules) -> int:
@@ -93,7 +110,8 @@ def step_facts(
 ) -> StepFacts:
     """Facts of the step that is just being finished; `progress` still stands before it."""
     state, optimizer = progress.phase, settings.optimizer
-    lengths = {Phase.WARMUP: settings.statistics_steps, Phase.FULL: settings.window_steps}
+    window_steps = state.window_steps or settings.window_steps
+    lengths = {Phase.WARMUP: settings.statistics_steps, Phase.FULL: window_steps}
     phase_steps = lengths.get(state.phase, settings.probation_steps)
     step = progress.step + 1
     return StepFacts(
@@ -130,6 +148,7 @@ def before_jump(progress: Progress, waiting_seconds: float) -> Before:
         loss_noise=statistics.pstdev(changes) / math.sqrt(2) if len(changes) > 1 else 0.0,
         waiting_seconds=waiting_seconds,
         full_step_seconds=full_step_seconds(progress),
+        guard=progress.guard,
     )
 
 

@@ -51,8 +51,12 @@ def train_step(
     *,
     clip_norm: float,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
+    after_backward: Callable[[], None] | None = None,
 ) -> StepTensors:
-    """One update from `batches` (the micro-batches of this step), each weighted equally."""
+    """One update from `batches` (the micro-batches of this step), each weighted equally.
+
+    `after_backward` is called when the gradients are whole and not yet clipped.
+    """
     model.train()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -63,6 +67,8 @@ def train_step(
         loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None, "a step needs at least one micro-batch"
+    if after_backward is not None:
+        after_backward()
     norms_G = gradient_norms(groups)
     scale = torch.ones((), device=norms_G.device)
     if clip_norm > 0:

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from common import messages as m
 from common.settings import MonitorSettings
-from monitor_node.enforcer import LOST_SAMPLES, VETO_SECONDS, EnforcerState, Setting, enforce
+from monitor_node.enforcer import (
+    LOST_SAMPLES,
+    VETO_SECONDS,
+    EnforcerState,
+    Setting,
+    enforce,
+    object_to_divergence,
+)
 from tests.monitor.fake_run import sample
 
 GIB = 1 << 30
@@ -35,6 +42,14 @@ class Guard:
             fresh += messages
             self.now_seconds += 1.0
         return fresh
+
+    def object_to(self, reason: str) -> list[m.Message]:
+        self.state, messages = object_to_divergence(
+            self.state, reason, self.setting, now_seconds=self.now_seconds
+        )
+        self.said += [(self.now_seconds, message) for message in messages]
+        self.now_seconds += 1.0
+        return list(messages)
 
     def of(self, kind: type) -> list[m.Message]:
         return [message for _, message in self.said if isinstance(message, kind)]
@@ -130,3 +145,31 @@ def test_ids_are_unique_and_vetoes_alternate_with_their_end(used: list[int | Non
         assert isinstance(veto, m.PhaseVeto)
         assert veto.active or is_vetoed
         is_vetoed = veto.active
+
+
+def test_divergence_is_vetoed_at_once_renewed_and_lifted() -> None:
+    guard = Guard()
+    given = [at for at in range(40) if guard.object_to("the loss is not finite")]
+    assert given[0] == 0
+    assert max(late - early for early, late in itertools.pairwise(given)) <= VETO_SECONDS / 2
+    (lifted,) = guard.object_to("")
+    assert isinstance(lifted, m.PhaseVeto)
+    assert not lifted.active
+    assert guard.object_to("") == []
+
+
+def test_memory_and_divergence_do_not_lift_each_others_veto() -> None:
+    guard = Guard()
+    guard.feed(CALM, HIGH)
+    guard.object_to("the loss is not finite")
+    guard.feed(*[CALM] * 10)
+    assert all(veto.active for veto in guard.of(m.PhaseVeto) if isinstance(veto, m.PhaseVeto))
+    guard.feed(HIGH)
+    guard.object_to("")
+    assert all(veto.active for veto in guard.of(m.PhaseVeto) if isinstance(veto, m.PhaseVeto))
+    guard.feed(*[CALM] * 10)
+    last = guard.of(m.PhaseVeto)[-1]
+    assert isinstance(last, m.PhaseVeto)
+    assert not last.active
+    ids = [veto.veto_id for veto in guard.of(m.PhaseVeto) if isinstance(veto, m.PhaseVeto)]
+    assert len(ids) == len(set(ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections.abc import Mapping
@@ -60,9 +61,9 @@ class BreakableBus(MemoryBus):
 class Scene:
     """A monitor on a bus, and a trainer that a test speaks for; one clock for all."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, *, server: MemoryServer | None = None) -> None:
         self.clock = FakeClock(1000.0)
-        self.server = MemoryServer(self.clock)
+        self.server = server or MemoryServer(self.clock)
         self.bus = BreakableBus(self.server, "run")
         self.outbox = SpyOutbox()
         self.feed = Feed("boot")
@@ -136,6 +137,47 @@ def test_a_full_device_orders_a_cleanup_a_veto_and_an_emergency_checkpoint() -> 
     scene.turn(0.1, times=3)
     orders = scene.outbox.take(m.MemoryOrder, m.CheckpointRequest, m.PhaseVeto)
     assert [type(order) for order in orders] == [m.MemoryOrder, m.CheckpointRequest, m.PhaseVeto]
+
+
+def say_steps(scene: Scene, first: int, losses: list[float]) -> None:
+    scene.say(*(fake.observation(first + n, loss) for n, loss in enumerate(losses)))
+
+
+def test_a_diverging_run_is_told_once_and_vetoed_while_it_lasts(scene: Scene) -> None:
+    scene.say(fake.started("run"), fake.heartbeat())
+    say_steps(scene, 1, [4.0] * 20)
+    scene.turn(0.1, times=3)
+    assert scene.outbox.take(m.Alert, m.PhaseVeto) == []
+    say_steps(scene, 21, [math.nan] * 3)
+    scene.turn(0.1)
+    alert, veto = scene.outbox.take(m.Alert, m.PhaseVeto)
+    assert (alert.kind, alert.severity, alert.step) == ("not_finite", "error", 21)
+    assert veto.active
+    assert scene.page["divergence"]["level"] == "critical"
+    scene.turn(1.0, times=10)
+    assert all(said.active for said in scene.outbox.take(m.Alert, m.PhaseVeto))
+    say_steps(scene, 24, [4.0] * 20)
+    scene.turn(0.3, times=2)
+    (lifted,) = scene.outbox.take(m.Alert, m.PhaseVeto)
+    assert not lifted.active
+    assert scene.page["divergence"] == {
+        "level": "normal",
+        "kinds": dict.fromkeys(scene.page["divergence"]["kinds"], "normal"),
+        "excursions": 1,
+        "text": "",
+    }
+
+
+def test_a_second_monitor_does_not_repeat_what_the_first_one_told(scene: Scene) -> None:
+    scene.say(fake.started("run"), fake.heartbeat())
+    say_steps(scene, 1, [4.0] * 20 + [math.nan])
+    scene.turn(0.1, times=3)
+    (alert,) = scene.outbox.take(m.Alert)
+    scene.say(alert, writer=MONITOR)
+    second = Scene(ScriptedDevice([fake.sample(2 * GIB, source="nvml")], is_gpu=True), server=scene.server)
+    second.turn(0.1, times=3)
+    assert second.outbox.take(m.Alert) == []
+    assert second.page["divergence"]["level"] == "critical"
 
 
 def test_a_process_is_not_sampled_before_the_trainer_said_who_it_is() -> None:

@@ -60,10 +60,15 @@ def small_settings(*overrides: str) -> RunSettings:
 
 
 def started(
-    settings: RunSettings, *, generation: int = 1, resumed_from: str = "", first_step: int = 0
+    settings: RunSettings,
+    *,
+    generation: int = 1,
+    resumed_from: str = "",
+    first_step: int = 0,
+    shape: tuple[int, ...] = (2, 3),
 ) -> RunStarted:
     groups = tuple(
-        GroupSpec(name=f"g{n}", parameters=(ParameterSpec(name="w", shape=(2, 3), dtype="float32"),))
+        GroupSpec(name=f"g{n}", parameters=(ParameterSpec(name="w", shape=shape, dtype="float32"),))
         for n in range(NUM_GROUPS)
     )
     return RunStarted(
@@ -154,6 +159,7 @@ class ScriptedTrainer:
     generation: int = 1
     resumed_from: str = ""
     seed: int = 0
+    shape: tuple[int, ...] = (2, 3)  # of each group's one parameter
     step: int = 0
     attempt: int = 0
     window: int = 0
@@ -174,6 +180,7 @@ class ScriptedTrainer:
                 generation=self.generation,
                 resumed_from=self.resumed_from,
                 first_step=self.step,
+                shape=self.shape,
             )
         )
         while self.step < min(trainer.statistics_steps, last_step):

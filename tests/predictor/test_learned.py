@@ -14,6 +14,7 @@ from common.errors import CheckpointError
 from common.messages import DIRECTIONS, Message, Outcome, PhaseDecision, Verdict
 from predictor_node.bandit import REST
 from predictor_node.learned import LearnedPolicy
+from predictor_node.models import MIN_UPDATES
 from predictor_node.node import Predictor
 from predictor_node.state import MemoryStore, facts_of, files_of
 from predictor_node.tempers import TEMPERS
@@ -42,10 +43,12 @@ class Line:
         return made[0] if made else None
 
 
-def run_of(*overrides: str, until_step: int | None = None) -> tuple[Line, MemoryStore, ScriptedTrainer]:
+def run_of(
+    *overrides: str, until_step: int | None = None, shape: tuple[int, ...] = (2, 3)
+) -> tuple[Line, MemoryStore, ScriptedTrainer]:
     store = MemoryStore(keep_all=True)
     line = Line(Predictor(store))
-    trainer = ScriptedTrainer(small_settings(LEARNED, *overrides))
+    trainer = ScriptedTrainer(small_settings(LEARNED, *overrides), shape=shape)
     trainer.run(line, until_step=until_step)
     return line, store, trainer
 
@@ -112,6 +115,38 @@ def test_a_run_whose_jumps_are_all_refused_loses_no_more_than_twice_its_share() 
 
 def outcome_like(message: Outcome) -> Outcome:
     return dataclasses.replace(message, check_seconds=3.0, loss_end=3.0, loss_forecast=1.9)
+
+
+LARGE = (2048, 2048)
+EAGER = "predictor.learn_share=4.0"
+
+
+def test_the_world_model_of_a_large_job_learns_and_is_asked_and_resumes_exactly() -> None:
+    whole, store, trainer = run_of(BOLD, EAGER, shape=LARGE)
+    newest = store.newest("scripted")
+    assert newest is not None
+    models = LearnedPolicy(trainer.settings, newest.facts).models
+    assert newest.learned.policy is not None
+    models.load(newest.learned.policy.values["models"], newest.learned.policy.tensors)
+    assert models.world.updates >= MIN_UPDATES
+    name = sorted(trainer.checkpoints)[-2]
+    resumed = Line(Predictor(store), generation=2)
+    trainer.resumed(name, generation=2).run(resumed)
+    step = trainer.checkpoints[name].step
+    expected = [d for d in whole.decisions if d.base_step > step]
+    assert expected
+    assert [dataclasses.replace(d, base_generation=2) for d in expected] == resumed.decisions
+
+
+def test_the_world_model_of_a_small_job_sleeps() -> None:
+    line, store, trainer = run_of(BOLD)
+    assert line.decisions
+    newest = store.newest("scripted")
+    assert newest is not None
+    assert newest.learned.policy is not None
+    models = LearnedPolicy(trainer.settings, newest.facts).models
+    models.load(newest.learned.policy.values["models"], newest.learned.policy.tensors)
+    assert (models.world.updates, models.world.observed) == (0, 0)
 
 
 def test_nothing_is_tried_before_the_temper_allows_it_nor_in_the_decay() -> None:

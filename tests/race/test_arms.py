@@ -9,8 +9,8 @@ import torch
 
 from common.config import load_settings, setting_rows
 from common.errors import SettingsError
+from common.schedule import rate_factor
 from tests.trainer.small_job import DRIFT, small_job
-from trainer_node.optim.schedule import rate_factor
 from trainer_node.race.arms import ARMS, KNOB, arm_named, knobs_of, run_settings
 from trainer_node.race.optimizers import METHODS
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,16 +20,12 @@ from common.messages import (
     PhaseDecision,
     Verdict,
 )
-from common.settings import RunSettings
 from tests.trainer.tiny import ScriptedLinks, same_bits, tiny_loop, tiny_settings, weights_of
 from trainer_node.loop import Loop
-from trainer_node.race.anatomy import Candidate, Point, candidate, change_of, dissect_run, points_of, table_of
+from trainer_node.race.anatomy import candidate, change_of
 from trainer_node.race.audit import AUDIT_SCHEMA, Auditor, audit_run, audit_task
 from trainer_node.race.audit_table import (
-    AuditedJump,
     audit_lines,
-    calibration_of,
-    gains_of,
     verdict_counts,
 )
 from trainer_node.race.twin import Crossroads, nothing
@@ -128,24 +123,6 @@ def told_apart_from_time(said: list[Message]) -> list[str]:
     return [repr(message) for message in said if isinstance(message, (Observation, Outcome))]
 
 
-def test_a_road_with_a_zero_change_is_the_twin_at_every_reading() -> None:
-    found = dissect_run(
-        tiny_settings(),
-        seed=0,
-        candidates=[candidate("drift", 0.0, "zero")],
-        points=[Point(name="early", step=20), Point(name="late", step=40)],
-        to_the_end=True,
-    )
-    assert [one.point for one in found] == ["early", "late", "end"]
-    for one in found:
-        figures = [one.now, one.plus20, one.plus50, one.plus200, one.at_end]
-        assert all(figure == 0.0 or math.isnan(figure) for figure in figures)
-    assert found[0].plus20 == 0.0
-    assert found[0].at_end == 0.0
-    assert math.isnan(found[0].plus200)
-    assert math.isnan(found[1].plus50)
-
-
 def test_the_twin_takes_the_steps_that_the_run_then_takes() -> None:
     """Not merely something repeatable: the loop's own next steps, to the bit."""
     seen: dict[str, torch.Tensor] = {}
@@ -180,44 +157,13 @@ def test_a_road_does_not_depend_on_the_roads_taken_before_it() -> None:
             if step == 50:
                 jump = change_of(self.loop, candidate("momentum", 5.0, "5 steps"), number=0)
                 with Crossroads(self.loop) as here:
-                    for stops in ([0], [0, 10], [0, 3], [0]):
-                        found.append(here.road(jump, stops)[0].held_out)
+                    stops = ([0], [0, 10], [0, 3], [0])
+                    found.extend(here.road(jump, stop)[0].held_out for stop in stops)
 
     links = Looker()
     links.loop = tiny_loop(links, tiny_settings())
     links.loop.run()
     assert found == [found[0]] * 4
-
-
-def test_a_dissected_run_ends_bit_for_bit_as_a_plain_one() -> None:
-    loops: list[Loop] = []
-    plain = tiny_loop(ScriptedLinks(), tiny_settings())
-    plain.run()
-    dissect_run(
-        tiny_settings(),
-        seed=0,
-        candidates=[candidate("momentum", 3.0, "x"), candidate("pull_back", 1.0, "x")],
-        points=[Point(name="early", step=20)],
-        seen=loops.append,
-    )
-    assert same_bits(weights_of(loops[0]), weights_of(plain))
-
-
-def test_twice_the_size_is_twice_the_delta_and_the_random_control_has_its_norm() -> None:
-    found = dissect_run(
-        tiny_settings(),
-        seed=0,
-        candidates=[candidate("drift", 1.0, "1"), candidate("drift", 2.0, "2"), random_twin(2.0)],
-        points=[Point(name="early", step=20)],
-    )
-    one, two, random = found[:3]
-    assert two.step_norms == pytest.approx(2 * one.step_norms, rel=1e-3)
-    assert random.step_norms == pytest.approx(two.step_norms, rel=0.2)  # the norm is of all weights
-    assert random.now != two.now
-
-
-def random_twin(windows: float) -> Candidate:
-    return replace(candidate("drift", windows, "random"), direction="random", is_random=True)
 
 
 def test_a_planted_bad_jump_that_an_indulgent_guard_keeps_is_a_false_accept() -> None:
@@ -298,73 +244,3 @@ def test_what_an_audit_writes_is_what_it_says(tmp_path: Path) -> None:
     assert set(values["anatomy"][0]) >= {"direction", "size", "now", "plus20", "plus50", "plus200"}
     table = (tmp_path / "out" / "audit.txt").read_text().splitlines()
     assert table == audit_lines(values) == lines[-len(table) :]
-
-
-# ---- figures, without a run --------------------------------------------------------------------
-
-
-def a_jump(verdict: Verdict, later: float, latest: float = math.nan, **facts: float) -> AuditedJump:
-    values = {"guard_forecast": 1.0, "guard_spread": 0.1, "guard_twin": 1.0, "refusal_forecast": 0.5}
-    return AuditedJump(
-        seed=0,
-        step=1,
-        arm="",
-        horizon_steps=5,
-        verdict=verdict.value,
-        gain_judged=0.0,
-        gain_later=later,
-        gain_latest=latest,
-        cosine=0.5,
-        **{**values, **facts},
-    )
-
-
-def test_false_verdicts_are_counted_at_both_readings() -> None:
-    jumps = [
-        a_jump(Verdict.ACCEPTED, -0.1, 0.1),
-        a_jump(Verdict.ACCEPTED, 0.1, -0.1),
-        a_jump(Verdict.ACCEPTED, 0.2),
-        a_jump(Verdict.REFUSED, 0.1, 0.3),
-        a_jump(Verdict.RUINED, 0.3, -0.3),
-        a_jump(Verdict.RUINED, -math.inf),
-    ]
-    assert verdict_counts(jumps) == {
-        "kept": 3,
-        "refused": 1,
-        "ruined": 2,
-        "false_accepts": 1,
-        "false_refusals": 2,
-        "judged_plus200": 4,
-        "false_accepts_plus200": 1,
-        "false_refusals_plus200": 1,
-    }
-    assert gains_of(jumps) == {"kept_median": 0.1, "undone_median": pytest.approx(0.2)}
-
-
-def test_a_calibrated_forecast_covers_and_an_overconfident_one_does_not() -> None:
-    errors = [-0.1, 0.05, 0.0, 0.12, -0.2]
-    honest = [a_jump(Verdict.ACCEPTED, 0.1, guard_twin=1.0 + error) for error in errors]
-    assert calibration_of(honest)["coverage_80"] == pytest.approx(0.8)
-    sure = [replace(jump, guard_spread=0.01) for jump in honest]
-    assert calibration_of(sure)["coverage_80"] == pytest.approx(0.2)
-    assert calibration_of(sure)["spreads_rms"] > 5
-    assert calibration_of([])["coverage_80"] is None
-    assert calibration_of([a_jump(Verdict.ACCEPTED, 0.1, guard_spread=math.inf)])["n"] == 0
-
-
-def test_points_are_in_the_stable_phase_and_at_the_start_of_the_decay() -> None:
-    settings: RunSettings = tiny_settings("trainer.steps=1000")
-    points = points_of(settings.trainer)
-    assert [point.step for point in points] == [206, 404, 601, 799]
-    constant = tiny_settings("trainer.schedule.name=constant")
-    assert len(points_of(constant.trainer)) == 3
-
-
-def test_a_lost_jump_and_the_end_of_the_run_are_null_and_a_lost_run_does_not_hide_the_others() -> None:
-    found = dissect_run(
-        tiny_settings(), seed=0, candidates=[candidate("drift", 1.0, "1")], points=[Point(name="p", step=20)]
-    )[0]
-    rows = table_of([replace(found, now=math.inf), replace(found, now=1.0), replace(found, now=2.0)])
-    assert (rows[0]["now"], rows[0]["n"]) == (2.0, 3)
-    assert rows[0]["plus200"] is None
-    assert table_of([replace(found, now=math.inf)])[0]["now"] is None

@@ -99,9 +99,9 @@ def test_quality_is_read_between_readings_and_nowhere_else() -> None:
 
 
 def test_known_speeds_are_found_again() -> None:
-    arms = ("adamw-decay-ema", "muon-decay", "snoo", "lookahead")
+    arms = ("adamw-decay-ema", "muon-decay", "snoo", "lookahead", "adamw-constant")
     figures = race_figures(record(arms), race_results(arms, noise=0.0), read_mid_run=READ_MID_RUN)
-    for arm, speed in zip(arms, (1.0, 1.6, 1.02, 0.94), strict=True):
+    for arm, speed in zip(arms, (1.0, 1.6, 1.02, 0.94, 0.55), strict=True):
         found = figures.arm(arm)
         assert found is not None
         assert found.ratio_passes.median == pytest.approx(speed, rel=0.01)
@@ -129,7 +129,7 @@ def test_only_runs_of_this_race_count() -> None:
     strangers = [
         run("snoo", 400, 7),
         run("snoo", 400, 0, task="deep"),
-        run("snoo", 400, 0, purpose="audit"),
+        run("snoo", 300, 0, purpose="audit", losses=[1.0]),
         run("snoo", 400, 0, purpose="tune"),
         dataclasses.replace(one, key=dataclasses.replace(one.key, config=(("rate", 1),))),
     ]

@@ -219,6 +219,12 @@ def test_an_unfinished_race_is_marked_wherever_it_counts(made: Evidence, tmp_pat
     assert "**Unfinished**: ours: still has runs to do." in page
 
 
+def test_few_seeds_are_said_wherever_they_count(made: Evidence) -> None:
+    few = dataclasses.replace(made, seeds=(0, 1, 2))
+    assert any("python (3 seeds)" in line for line in no_harm([few]))
+    assert not any("seeds)" in line for line in no_harm([made]))
+
+
 def test_an_audit_is_shown_and_a_broken_one_is_named(made: Evidence, tmp_path: Path) -> None:
     from trainer_node.race.audit_table import calibration_of, cosines_of, gains_of, verdict_counts
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from common.config import load_settings
 from common.errors import EnvironmentFault
+from common.schedule import rate_factor
 from common.settings import TrainerSettings
 from trainer_node.groups import parameter_groups
 from trainer_node.optim.build import build_optimizers, set_rates
-from trainer_node.optim.schedule import rate_factor
 from trainer_node.race.optimizers import METHODS, EmaNesterov, Method, MethodInput, Snoo
 from trainer_node.step import train_step
 

@@ -214,6 +214,13 @@ def test_the_sentence_follows_the_interval(seconds: float, word: str) -> None:
     assert word in headline(figures)
 
 
+def test_two_seeds_decide_nothing_however_clear_they_are() -> None:
+    arms = ("adamw-decay-ema", "ours")
+    results = race_results(arms[:1], seeds=(0, 1))
+    results += [run("ours", n, seed, seconds_per_step=0.01) for n in (300, 400) for seed in (0, 1)]
+    assert "too few seeds" in headline(figures_of(record(arms, seeds=(0, 1)), results))
+
+
 def test_an_arm_that_missed_is_not_given_a_number() -> None:
     arms = ("adamw-decay-ema", "ours")
     results = race_results(arms[:1]) + [run("ours", 400, seed, losses=[9.0]) for seed in SEEDS]

@@ -112,9 +112,10 @@ def test_exact_averages_hold_three_times_the_weights_and_compact_ones_one_and_a_
     held = {
         dtype: sum(
             t.numel() * t.element_size()
-            for t in make_averages(parameters, average_steps=9, slow_momentum=0.5, dtype=dtype)
+            for name, t in make_averages(parameters, average_steps=9, slow_momentum=0.5, dtype=dtype)
             .tensors()
-            .values()
+            .items()
+            if name != "steps_seen"
         )
         for dtype in KINDS
     }
@@ -238,3 +239,45 @@ def test_a_window_start_parked_on_disk_gives_the_same_bits_and_takes_no_memory(t
     weights_bytes = sum(w.numel() * w.element_size() for w in weights)
     assert in_memory.bytes_held() == 3 * weights_bytes
     assert on_disk.bytes_held() == 2 * weights_bytes
+
+
+@BOTH
+def test_with_a_share_of_one_the_average_is_the_mean_of_all_iterates(dtype):
+    """Polyak-Ruppert averaging: the start counts for nothing."""
+    parameters = parameters_of()
+    averages = make_averages(parameters, average_steps=0, slow_momentum=0.5, dtype=dtype, average_share=1.0)
+    path = walk(parameters, averages, 25, size=0.1)
+    wanted = np.mean(path[1:], axis=0) - path[-1]
+    found = all_of(averages.pull_back, parameters)
+    assert relative_error(found, wanted) < (1e-5 if dtype == "fp32" else 0.02)
+
+
+@BOTH
+@pytest.mark.parametrize("average_share", [0.0, 0.1, 0.5])
+def test_the_time_constant_is_the_longer_of_the_fixed_one_and_the_share_of_the_steps(dtype, average_share):
+    parameters = parameters_of()
+    averages = make_averages(
+        parameters, average_steps=6, slow_momentum=0.5, dtype=dtype, average_share=average_share
+    )
+    path = walk(parameters, averages, 40, size=0.1)
+    average = path[0].copy()
+    for step, weights in enumerate(path[1:], start=1):
+        average += (weights - average) / max(6.0, average_share * step)
+    found = all_of(averages.pull_back, parameters)
+    assert relative_error(found, average - path[-1]) < (1e-5 if dtype == "fp32" else 0.02)
+
+
+@BOTH
+def test_a_restore_sets_the_length_of_the_average_back(dtype):
+    parameters = parameters_of()
+    averages = make_averages(parameters, average_steps=2, slow_momentum=0.5, dtype=dtype, average_share=0.5)
+    walk(parameters, averages, 10)
+    held = [*(p.detach() for p in parameters), *averages.moving_tensors()]
+    copies = [t.clone() for t in held]
+    walk(parameters, averages, 6, seed=5)
+    wanted = [bits(t) for t in averages.moving_tensors()]
+    for tensor, copy in zip(held, copies, strict=True):
+        tensor.copy_(copy)
+    walk(parameters, averages, 6, seed=5)
+    assert [bits(t) for t in averages.moving_tensors()] == wanted
+    assert int(averages.tensors()["steps_seen"]) == 16

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.features import INDEX
 from common.messages import (
     Controls,
     Observation,
@@ -16,12 +17,12 @@ from common.messages import (
     PhaseDecision,
     Verdict,
 )
+from common.schedule import rate_factor
 from tests.trainer.tiny import ScriptedLinks, same_bits, tiny_loop, tiny_settings, weights_of
 from trainer_node.assembly import prepare_task
 from trainer_node.groups import ParameterGroup, parameter_groups
 from trainer_node.links import NoDecisions
 from trainer_node.optim.build import build_optimizers, set_rates
-from trainer_node.optim.schedule import rate_factor
 from trainer_node.snapshot import optimizer_tensors
 
 
@@ -45,6 +46,12 @@ def proposal(observation: Observation, drift: float = 1.0, horizon_steps: int = 
         valid_until_step=observation.step,
         reason="test",
     )
+
+
+def twice_bad(observation: Observation) -> PhaseDecision | None:
+    """Far back, once the run has learned something: refused after probation, not ruined."""
+    is_late = observation.step > 20 and observation.attempt < 2
+    return proposal(observation, drift=-3.0) if is_late else None
 
 
 def plain_weights(*overrides: str) -> list[torch.Tensor]:
@@ -117,7 +124,7 @@ def test_refused_proposals_leave_the_run_bit_identical_to_one_without(
 ) -> None:
     """Every jump is refused after probation; what remains is the plain run, to the last bit."""
     overrides = (f"trainer.optimizer.name={optimizer}", f"trainer.checkpoint.snapshot={store}")
-    links = ScriptedLinks(answer=lambda o: proposal(o, drift=-3.0) if o.attempt < 2 else None)
+    links = ScriptedLinks(answer=twice_bad)
     loop = tiny_loop(
         links,
         tiny_settings(*overrides, "trainer.verify.tolerance=0.0", "trainer.verify.ruin_share=1.0"),
@@ -213,7 +220,7 @@ def test_stopping_during_probation_restores_first() -> None:
 
 
 def test_observations_tell_every_kept_step_once_and_mark_set_backs() -> None:
-    links = ScriptedLinks(answer=lambda o: proposal(o, drift=-3.0) if o.attempt < 2 else None)
+    links = ScriptedLinks(answer=twice_bad)
     loop = tiny_loop(links, tiny_settings("trainer.verify.tolerance=0.0", "trainer.verify.ruin_share=1.0"))
     loop.run()
     kept: dict[int, int] = {}
@@ -240,3 +247,67 @@ def test_the_last_probation_is_judged_before_the_run_ends() -> None:
     loop.run()
     assert next(o.verdict for o in links.of(Outcome)) in (Verdict.ACCEPTED, Verdict.REFUSED)
     assert loop.progress.step == 20
+
+
+def test_a_window_is_as_long_as_its_decision_asks_and_says_so() -> None:
+    """By a resting decision, by a jump whatever its verdict, and never by a stale one."""
+
+    def answer(observation: Observation) -> PhaseDecision:
+        decision = proposal(observation, drift=0.1)
+        rest = replace(decision, phase=Phase.FULL, horizon_steps=0, coefficients=(), next_window_steps=9)
+        return {
+            14: rest,
+            23: replace(decision, next_window_steps=8),
+            37: replace(rest, base_step=0, next_window_steps=30),
+        }.get(observation.step, replace(rest, next_window_steps=0))
+
+    links = ScriptedLinks(answer=answer)
+    loop = tiny_loop(links, tiny_settings("trainer.verify.tolerance=100.0"))
+    loop.run()
+    points = {o.step: o.decision_point.window_steps for o in links.of(Observation) if o.decision_point}
+    assert points == {14: 6, 23: 9, 37: 8, 43: 6, 49: 6, 55: 6}
+    shares = [o.features[INDEX["window_progress"]] for o in links.of(Observation) if 14 < o.step <= 23]
+    assert shares == [pytest.approx(done / 9) for done in range(1, 10)]
+
+
+def test_without_the_guard_jumps_are_kept_and_cost_no_pass() -> None:
+    links = ScriptedLinks(answer=lambda o: proposal(o, drift=-2.0))
+    loop = tiny_loop(links, tiny_settings("trainer.verify.enabled=false"))
+    loop.run()
+    outcomes = [o for o in links.of(Outcome) if o.verdict is not Verdict.MALFORMED]
+    assert {o.verdict for o in outcomes} == {Verdict.ACCEPTED}
+    assert all(o.passes == 0 and o.probation_steps == 6 for o in outcomes)
+    assert loop.ledger.passes["verification"] == loop.ledger.wall_seconds["snapshots"] == 0.0
+    assert loop.progress.attempt == loop.ledger.lost_steps == 0
+
+
+def test_without_the_guard_a_lost_run_goes_on_and_says_so() -> None:
+    links = ScriptedLinks(answer=lambda o: proposal(o, drift=1e30))
+    loop = tiny_loop(links, tiny_settings("trainer.verify.enabled=false", "trainer.steps=26"))
+    loop.run()
+    assert links.of(Outcome)[0].verdict is Verdict.REFUSED
+    assert (loop.progress.step, loop.progress.attempt) == (26, 0)
+
+
+def test_a_forecaster_that_cannot_be_used_is_malformed_and_moves_no_weight() -> None:
+    links = ScriptedLinks(answer=lambda o: replace(proposal(o), forecaster=b"not a forecaster"))
+    loop = tiny_loop(links, tiny_settings())
+    loop.run()
+    assert {o.verdict for o in links.of(Outcome)} == {Verdict.MALFORMED}
+    assert same_bits(weights_of(loop), plain_weights())
+
+
+def test_refused_jumps_in_parts_and_with_a_correction_leave_no_trace() -> None:
+    def answer(observation: Observation) -> PhaseDecision | None:
+        decision = twice_bad(observation)
+        return replace(decision, chunks=1 + observation.attempt, correction_share=0.1) if decision else None
+
+    links = ScriptedLinks(answer=answer)
+    loop = tiny_loop(links, tiny_settings("trainer.verify.tolerance=0.0", "trainer.verify.ruin_share=1.0"))
+    loop.run()
+    refused = [o for o in links.of(Outcome) if o.verdict is Verdict.REFUSED]
+    assert refused
+    assert all(math.isfinite(o.slope_after) for o in refused if o.lost_steps)
+    assert any(o.lost_steps for o in refused)
+    assert not [o for o in links.of(Outcome) if o.verdict is Verdict.ACCEPTED]
+    assert same_bits(weights_of(loop), plain_weights())

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from common.messages import Controls, Phase, PhaseDecision, Verdict
 from tests.references import OBJECTIONS_IN_ORDER, PHASE_TABLE
 from trainer_node.phases import (
+    MAX_CHUNKS,
     MAX_HORIZON_WINDOWS,
+    MAX_WINDOW_STRETCH,
     PhaseRules,
     PhaseState,
     Position,
@@ -17,6 +19,7 @@ from trainer_node.phases import (
     after_step,
     first_state,
     objection,
+    window_length,
 )
 
 RULES = PhaseRules(statistics_steps=3, window_steps=4, probation_steps=5, total_steps=100)
@@ -59,6 +62,12 @@ MALFORMED = [
     {"coefficients": (math.inf,) + (0.5,) * 7},
     {"num_groups": 4, "num_directions": 2},
     {"num_groups": 3},
+    {"chunks": 0},
+    {"chunks": MAX_CHUNKS + 1},
+    {"correction_share": -0.1},
+    {"correction_share": 1.1},
+    {"correction_share": math.nan},
+    {"coefficients": (0.5,) * 7, "forecaster": b"phi"},
 ]
 
 
@@ -201,3 +210,36 @@ def test_a_run_under_random_decisions_and_vetoes_applies_only_what_is_sound(data
             state = after_judgement(state, RULES)
         else:
             state, step = after_step(state, RULES), step + 1
+
+
+def test_a_forecaster_may_come_without_coefficients():
+    for coefficients in ((), VALID.coefficients):
+        decision = dataclasses.replace(VALID, coefficients=coefficients, forecaster=b"phi")
+        assert verdict_of(decision) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "given_steps"), [(0, 4), (4, 4), (9, 9), (1, 4), (-7, 4), (256, 256), (10**9, 256)]
+)
+def test_a_window_is_as_long_as_asked_within_bounds(asked, given_steps):
+    assert MAX_WINDOW_STRETCH * RULES.window_steps == 256
+    assert window_length(asked, RULES) == given_steps
+    rested = after_decision(AT_DECISION, None, RULES, next_window_steps=asked)
+    jumped = after_decision(AT_DECISION, "40.1", RULES, next_window_steps=asked)
+    assert (jumped.phase, jumped.steps_left) == (Phase.CORRECT, RULES.probation_steps)
+    judged = after_judgement(jumped, RULES)
+    for state in (rested, judged):
+        assert (state.phase, state.steps_left) == (Phase.FULL, given_steps)
+        assert state.window_steps in (0, given_steps)
+
+
+def test_a_long_window_is_followed_by_one_as_configured():
+    state = after_decision(AT_DECISION, None, RULES, next_window_steps=9)
+    for _ in range(9):
+        assert not state.is_decision_point
+        state = after_step(state, RULES)
+    assert state.is_decision_point
+    assert (state.windows, state.window_steps) == (AT_DECISION.windows + 1, 9)
+    assert after_decision(state, None, RULES) == dataclasses.replace(
+        AT_DECISION, steps_left=4, windows=AT_DECISION.windows + 1
+    )

@@ -7,7 +7,7 @@ import pytest
 from common.messages import Phase
 from trainer_node.phases import PhaseRules, PhaseState
 from trainer_node.progress import before_jump, first_progress, progress_from_json
-from trainer_node.verify import MIN_FIT_POINTS, forecast_without_jump
+from trainer_node.verify import MIN_FIT_POINTS, GuardRecord, line_forecast
 
 RULES = PhaseRules(statistics_steps=4, window_steps=6, probation_steps=5, total_steps=100)
 
@@ -42,13 +42,14 @@ def test_enough_losses_are_kept_for_a_forecast_however_short_the_window(window_s
     for progress in (first_progress(rules), progress_from_json(first_progress(rules).to_json(), rules)):
         progress.recent_losses.extend(float(step) for step in range(100))
         assert len(progress.recent_losses) == max(2 * window_steps, MIN_FIT_POINTS)
-        assert math.isfinite(forecast_without_jump(progress.recent_losses, horizon_steps=5).spread)
+        assert math.isfinite(line_forecast(progress.recent_losses, horizon_steps=5).spread)
 
 
 def test_progress_survives_json():
     progress = progress_with([2.0, 1.5])
     progress.step, progress.attempt = 17, 2
-    progress.phase = PhaseState(Phase.CORRECT, 3, windows=4, used_decision="9.0")
+    progress.phase = PhaseState(Phase.CORRECT, 3, windows=4, used_decision="9.0", window_steps=48)
+    progress.guard = GuardRecord(changes=[(6, -0.25), (11, 0.125)], step=9, loss=1.75)
     again = progress_from_json(json.loads(json.dumps(progress.to_json())), RULES)
     assert repr(again) == repr(progress)  # by text, as NaN is not equal to itself
     assert again.recent_losses.maxlen == progress.recent_losses.maxlen
@@ -60,5 +61,21 @@ def test_a_copy_does_not_follow_its_original():
     before = repr(copy)
     progress.recent_losses.append(1.0)
     progress.features.losses.push(1.0)
+    progress.guard.move_to(3, 1.0)
     progress.step += 1
     assert repr(copy) == before
+
+
+def test_a_restore_sets_all_back_but_what_was_learned_of_the_guard():
+    progress = progress_with([2.0])
+    former = progress.copy()
+    progress.step, progress.guard.changes = 9, [(6, 0.5)]
+    restored = progress.after_restore(former, attempt=4)
+    assert (restored.step, restored.attempt, restored.guard.changes) == (0, 4, [(6, 0.5)])
+
+
+def test_a_checkpoint_from_before_there_was_a_record_of_the_guard_is_read():
+    values = progress_with([2.0]).to_json()
+    del values["guard"]
+    del values["phase"]["window_steps"]
+    assert progress_from_json(values, RULES).guard.changes == []

@@ -3,9 +3,9 @@ import torch
 
 from common.config import load_settings
 from common.errors import DataError
+from common.schedule import rate_factor
 from trainer_node.groups import parameter_groups
 from trainer_node.optim.build import build_optimizers, set_rates
-from trainer_node.optim.schedule import rate_factor
 from trainer_node.step import mean_loss, train_step
 from trainer_node.tasks import build_model, build_task
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common.errors import EnvironmentFault
+from common.schedule import decay_start_step, rate_factor
 from common.settings import TrainerSettings
 from trainer_node.optim.build import build_optimizers
-from trainer_node.optim.schedule import decay_start_step, rate_factor
 
 TAIL_FACTOR = 0.2  # linear and cosine have no kink: their tail begins where the rate is this low
 

@@ -19,6 +19,7 @@ from common import features
 from common.clock import Clock, SystemClock
 from common.config import dump_settings
 from common.messages import Message
+from common.schedule import rate_factor
 from common.settings import RunSettings, TrainerSettings
 from trainer_node import ledger as purposes
 from trainer_node.assembly import build_loop, prepare_task, run_started
@@ -26,7 +27,6 @@ from trainer_node.groups import parameter_groups
 from trainer_node.ledger import CHECK_PASSES, TRAIN_PASSES
 from trainer_node.loop import Loop
 from trainer_node.optim.build import set_rates
-from trainer_node.optim.schedule import rate_factor
 from trainer_node.race.arms import Arm, arm_named, knobs_of, run_settings
 from trainer_node.race.in_process import InProcessPredictor, PredictorFactory, installed_predictor
 from trainer_node.race.machine import forget_peak, machine, peak_bytes

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.schedule import decay_start_step, rate_factor
 from common.settings import ScheduleSettings
 from tests.trainer.references_optim import slow_rates
-from trainer_node.optim.schedule import decay_start_step, rate_factor
 
 NAMES = ("constant", "cosine", "linear", "wsd")
 

@@ -1,0 +1,279 @@
+"""Signs that a run goes wrong, or that its predictor does: a pure fold over what the trainer tells.
+
+    not_finite        loss or gradient norm is NaN or infinite
+    loss              above its short trend: 2.1, 3, 6 standard deviations (a falling loss is no sign)
+    gradient_high     above 100, 1000 times the median of the healthy steps
+    gradient_low      below 0.01 times that median
+    oscillation       the loss swings from step to step beyond what noise does
+    prediction_error  forecast against what happened, relative: above 20 %, 50 %
+
+Thresholds are those of hybrid-predict-trainer-rs; what they are compared with is repaired. Its
+share of sign changes (alarm above 0.5 and 0.8) is 2/3 for white noise about a trend, so here the
+lag-one correlation decides; its prediction error took an error for a forecast; its level and spread were
+blind for the first hundred steps. Reads no clock, sends nothing: node.py turns Critical into an
+Alert and a veto.
+
+Three Warnings of one kind in a row are Critical, and Critical lasts until the kind has been calm.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import statistics
+from dataclasses import dataclass, field, replace
+
+from common.messages import Forecast, Outcome, Phase, PhaseDecision, Verdict
+from monitor_node.trend import MIN_POINTS, fit_trend, lag_one_correlation, sigmas
+
+LOSS_SIGMAS = (2.1, 3.0, 6.0)
+GRADIENT_HIGH = (100.0, 100.0, 1000.0)  # no Caution
+GRADIENT_LOW = (100.0, 100.0, math.inf)  # of baseline over norm
+SWING = (0.5, 0.75, math.inf)  # of minus the lag-one correlation; 4 and 6 standard deviations of noise
+RELATIVE_ERROR = (0.2, 0.5, math.inf)
+
+TREND_STEPS = 32  # guess: long enough for a spread, short enough for a bent curve
+SWING_STEPS = 64
+BASELINE_STEPS = 128
+BASELINE_EVERY = 8  # steps between looks at the median, which moves slowly
+FIRST_STEPS = 8  # healthy steps before a step is judged
+SPREAD_SHARE = 1e-3  # of the level: a loss that hardly moves has no spread to measure by
+FORECAST_SPREADS = 2.0  # a forecast that is off by less is as good as it said it was
+FORECAST_STEPS = 16  # real steps whose trend tells what happened
+WARNINGS_IN_A_ROW = 3
+CALM = {"oscillation": 2, "prediction_error": 2}  # judgements without a Warning that end Critical
+CALM_STEPS = 10  # the same for what is judged at every step
+
+# Verdicts after which the run is where the forecast said it would be.
+_WITHOUT_JUMP = (Verdict.REST, Verdict.VETOED)
+
+
+class Level(enum.IntEnum):
+    NORMAL = 0
+    CAUTION = 1
+    WARNING = 2
+    CRITICAL = 3
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Signal:
+    kind: str
+    level: Level  # with hysteresis
+    value: float  # in the unit of the kind's thresholds
+    text: str  # one phrase for people
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KindState:
+    level: Level = Level.NORMAL
+    warnings: int = 0  # in a row
+    calm: int = 0  # judgements without a Warning since it became Critical
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """A forecast on its way to be compared."""
+
+    base_step: int
+    end_step: int
+    loss: float
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DivergenceState:
+    step: int = 0
+    kinds: dict[str, KindState] = field(default_factory=dict)  # never changed in place
+    healthy: tuple[tuple[int, float], ...] = ()  # (step, loss) of WARMUP and FULL, outliers pulled in
+    norms: tuple[tuple[int, float], ...] = ()  # (step, gradient norm) of the same steps
+    baseline: float = 0.0  # median of these norms; 0 = not known
+    trail: tuple[tuple[int, float], ...] = ()  # (step, loss) of all phases
+    swung: int = 0  # healthy steps since the last look for oscillation
+    decision: PhaseDecision | None = None  # the newest one with a forecast
+    claims: tuple[Claim, ...] = ()
+    excursions: int = 0  # times that the run became Critical
+    critical: Signal | None = None  # why it is Critical now
+    critical_step: int = 0  # where the newest excursion began
+    newest_critical: Signal | None = None  # what began it
+
+
+Result = tuple[DivergenceState, tuple[Signal, ...]]
+
+
+def observed(state: DivergenceState, *, step: int, phase: Phase, loss: float, gradient_norm: float) -> Result:
+    """One real step. A step number that was there before means that steps were undone."""
+    state = _rewound(state, step)
+    if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+        text = f"loss {loss:g}, gradient norm {gradient_norm:g}"
+        return _judged(state, [("not_finite", loss, Level.CRITICAL, text)])
+    found = [("not_finite", 0.0, Level.NORMAL, "finite")]
+    state = replace(state, trail=(*state.trail[-2 * FORECAST_STEPS :], (step, loss)))
+    is_ordinary = phase is not Phase.CORRECT  # a jump may lift the loss: the trainer's guard judges that
+    if state.baseline > 0:
+        found += _gradient_findings(state.baseline, gradient_norm)
+    limit = math.inf
+    if is_ordinary and len(state.healthy) >= FIRST_STEPS:
+        finding, limit = _loss_finding(state, loss)
+        found.append(finding)
+    if is_ordinary:
+        is_healthy = all(level < Level.WARNING for kind, _, level, _ in found if kind.startswith("gradient"))
+        state = _remembered(state, step, min(loss, limit), gradient_norm if is_healthy else None)
+        if state.swung >= SWING_STEPS // 2 and len(state.healthy) >= SWING_STEPS:
+            found.append(_swing_finding(state))
+            state = replace(state, swung=0)
+    state, errors = _due_claims(state)
+    return _judged(state, found + errors)
+
+
+def decided(state: DivergenceState, decision: PhaseDecision) -> DivergenceState:
+    """A decision with a forecast waits for its verdict."""
+    return replace(state, decision=decision) if decision.forecast is not None else state
+
+
+def settled(state: DivergenceState, outcome: Outcome, *, probation_steps: int) -> Result:
+    """The verdict tells which of a decision's two forecasts the run will show."""
+    decision = state.decision
+    if decision is None or decision.decision_id != outcome.decision_id or decision.forecast is None:
+        return state, ()
+    expected = _claimed_loss(decision.forecast, outcome.verdict)
+    state = replace(state, decision=None)
+    if expected is None:
+        return state, ()
+    claim = Claim(
+        base_step=outcome.base_step,
+        end_step=outcome.base_step + (outcome.probation_steps or probation_steps),
+        loss=expected,
+        spread=decision.forecast.spread,
+    )
+    state, found = _due_claims(replace(state, claims=(*state.claims[-3:], claim)))
+    return _judged(state, found)
+
+
+def prediction_finding(*, forecast: float, happened: float, spread: float) -> _Finding:
+    """Forecast and happened in nats; spread: one standard deviation of what may lie between them."""
+    gap = abs(forecast - happened)
+    share = gap / abs(happened) if happened else (math.inf if gap else 0.0)
+    level = Level.NORMAL if gap <= FORECAST_SPREADS * spread else _level_of(share, RELATIVE_ERROR)
+    text = f"forecast {forecast:.4g} nats, happened {happened:.4g}: off by {share:.0%}"
+    if not math.isfinite(forecast):
+        level, text = Level.WARNING, f"forecast {forecast:g} nats"
+    return "prediction_error", share, level, text
+
+
+_Finding = tuple[str, float, Level, str]  # kind, value, level, text
+
+
+def _loss_finding(state: DivergenceState, loss: float) -> tuple[_Finding, float]:
+    """And the highest loss that may enter the trend: an outlier must not make the next one normal."""
+    past = [value for _, value in state.healthy[-TREND_STEPS:]]
+    # Noise of a loss grows with its level: compare ratios where there are ratios.
+    in_ratios = loss > 0 and min(past) > 0
+    trend = fit_trend([math.log(value) for value in past] if in_ratios else past)
+    floor = SPREAD_SHARE * (1.0 if in_ratios else abs(trend.level)) + 1e-12
+    spread = math.hypot(max(trend.spread, floor), trend.level_error)
+    # A fall is followed to its present value, not beyond: one that levels off is no alarm. A rise is
+    # not followed at all.
+    level = min(trend.level, trend.mean)
+    value = sigmas(((math.log(loss) if in_ratios else loss) - level) / spread, trend.freedom)
+    limit = level + LOSS_SIGMAS[1] * spread
+    limit = math.exp(min(limit, 700.0)) if in_ratios else limit
+    text = f"loss {loss:.4g} nats is {value:.1f} standard deviations above its trend"
+    return ("loss", value, _level_of(value, LOSS_SIGMAS), text), limit
+
+
+def _gradient_findings(baseline: float, norm: float) -> list[_Finding]:
+    high, low = norm / baseline, baseline / norm if norm > 0 else math.inf
+    text = f"gradient norm {norm:.3g} against {baseline:.3g} as a rule"
+    return [
+        ("gradient_high", high, _level_of(high, GRADIENT_HIGH), text),
+        ("gradient_low", 1 / low, _level_of(low, GRADIENT_LOW), text),
+    ]
+
+
+def _swing_finding(state: DivergenceState) -> _Finding:
+    swing = -lag_one_correlation([value for _, value in state.healthy[-SWING_STEPS:]])
+    text = f"the loss swings from step to step (lag-one correlation {-swing:.2f})"
+    return "oscillation", swing, _level_of(swing, SWING), text
+
+
+def _due_claims(state: DivergenceState) -> tuple[DivergenceState, list[_Finding]]:
+    due = [claim for claim in state.claims if claim.end_step <= state.step]
+    found = []
+    for claim in due:
+        losses = [loss for step, loss in state.trail if claim.base_step < step <= claim.end_step]
+        if len(losses) >= MIN_POINTS:
+            trend = fit_trend(losses[-FORECAST_STEPS:])
+            spread = math.hypot(claim.spread, trend.level_error)
+            found.append(prediction_finding(forecast=claim.loss, happened=trend.level, spread=spread))
+    left = tuple(claim for claim in state.claims if claim.end_step > state.step)
+    return replace(state, claims=left), found
+
+
+def _claimed_loss(forecast: Forecast, verdict: Verdict) -> float | None:
+    if verdict is Verdict.ACCEPTED:
+        return forecast.loss
+    return forecast.loss_without if verdict in _WITHOUT_JUMP else None
+
+
+def _remembered(state: DivergenceState, step: int, loss: float, norm: float | None) -> DivergenceState:
+    norms, baseline = state.norms, state.baseline
+    if norm is not None:
+        norms = (*norms[1 - BASELINE_STEPS :], (step, norm))
+        if len(norms) >= FIRST_STEPS and (step % BASELINE_EVERY == 0 or baseline == 0):
+            baseline = statistics.median([value for _, value in norms])
+    healthy = (*state.healthy[1 - SWING_STEPS :], (step, loss))
+    return replace(state, healthy=healthy, norms=norms, baseline=baseline, swung=state.swung + 1)
+
+
+def _rewound(state: DivergenceState, step: int) -> DivergenceState:
+    if step > state.step:
+        return replace(state, step=step)
+    return replace(
+        state,
+        step=step,
+        healthy=tuple(point for point in state.healthy if point[0] < step),
+        norms=tuple(point for point in state.norms if point[0] < step),
+        trail=tuple(point for point in state.trail if point[0] < step),
+        claims=tuple(claim for claim in state.claims if claim.base_step < step),
+    )
+
+
+def _level_of(value: float, bounds: tuple[float, float, float]) -> Level:
+    return Level(sum(value > bound for bound in bounds))
+
+
+def _judged(state: DivergenceState, found: list[_Finding]) -> Result:
+    """Hysteresis, kind by kind; then whether the run as a whole became or stopped being Critical."""
+    kinds, signals = dict(state.kinds), []
+    for kind, value, level, text in found:
+        kinds[kind] = next_kind(kinds.get(kind, KindState()), kind, level)
+        signals.append(Signal(kind=kind, level=kinds[kind].level, value=value, text=text))
+    state = replace(state, kinds=kinds)
+    fresh = [signal for signal in signals if signal.level is Level.CRITICAL]
+    if state.critical is None and fresh:
+        state = replace(
+            state,
+            critical=fresh[0],
+            newest_critical=fresh[0],
+            excursions=state.excursions + 1,
+            critical_step=state.step,
+        )
+    elif state.critical is not None and not any(k.level is Level.CRITICAL for k in kinds.values()):
+        state = replace(state, critical=None)
+    return state, tuple(signals)
+
+
+def next_kind(before: KindState, kind: str, level: Level) -> KindState:
+    """State x level of one judgement -> state."""
+    warnings = before.warnings + 1 if level >= Level.WARNING else 0
+    if level is Level.CRITICAL or warnings >= WARNINGS_IN_A_ROW:
+        return KindState(level=Level.CRITICAL, warnings=warnings)
+    if before.level is Level.CRITICAL:
+        calm = 0 if level >= Level.WARNING else before.calm + 1
+        if calm < CALM.get(kind, CALM_STEPS):
+            return KindState(level=Level.CRITICAL, warnings=warnings, calm=calm)
+    return KindState(level=level, warnings=warnings)

@@ -1,0 +1,117 @@
+"""What the figures of a race say and do not say, in sentences. Every word follows from the numbers."""
+
+from __future__ import annotations
+
+import math
+
+from trainer_node.race.figures import ArmFigures, RaceFigures
+from trainer_node.race.statistics import Ratio, best_possible_coverage
+
+# In a fixed order, so that nobody picks the arm that came out best.
+HEADLINE_ARMS = {
+    "constant": ("ours-constant", "ours"),
+    "fitted": ("ours", "ours-phi"),
+}
+FEW_SEEDS = 10  # reference/speedup.md: with a 10 % spread of the ratio, 10 seeds resolve about 7 %
+
+
+def headline_arm(arms: tuple[str, ...], rule: str) -> str:
+    """The arm whose result is the headline; "" if none of them is in the race."""
+    return next((name for name in HEADLINE_ARMS.get(rule, ("ours",)) if name in arms), "")
+
+
+def comparison(arm: str, versus: str, ratio: Ratio) -> str:
+    """One clause: what a ratio of times and its interval allow to say."""
+    if not ratio.pairs:
+        both = f": on {ratio.both_missed} seeds neither reached the target" if ratio.both_missed else " yet"
+        return f"{arm} and {versus} cannot be compared{both}"
+    times = f"{factor(ratio.median)} ({interval(ratio)}; faster on {ratio.wins} of {ratio.pairs} seeds)"
+    if ratio.median == 0:
+        return f"{arm} missed the target on most seeds where {versus} reached it"
+    if best_possible_coverage(ratio.pairs) < 0.95:
+        return f"{arm} against {versus}: {times}, too few seeds to tell a difference from luck"
+    if ratio.low95 > 1:
+        return f"{arm} reached the target faster than {versus}: {times}"
+    if ratio.high95 < 1:
+        return f"{arm} was slower than {versus}: {times}"
+    return f"no difference between {arm} and {versus} could be shown: {times}"
+
+
+def factor(ratio: float) -> str:
+    """A ratio of times for people: how many times as fast."""
+    if math.isnan(ratio):
+        return "–"
+    return "∞" if math.isinf(ratio) else f"{ratio:.2f}×" if ratio >= 9.995 else f"{ratio:.3f}×"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def interval(ratio: Ratio) -> str:
+    if ratio.pairs < 2:
+        return "one seed: no interval"
+    return f"95 % interval {factor(ratio.low95)} to {factor(ratio.high95)}"
+
+
+def headline(figures: RaceFigures) -> str:
+    """The result in one or two sentences."""
+    race = figures.race
+    if race.target is None or not race.reference_arm:
+        return f"The race on {race.task} is not that far yet: its target is not known."
+    arm = figures.arm(headline_arm(race.arms, race.rule))
+    if arm is None:
+        first = f"This race on {race.task} has no finished arm of ours"
+    else:
+        first = f"On {race.task}, " + comparison(arm.arm, race.reference_arm, arm.ratio)
+    first += f". The target is a held-out loss of {race.target:.4g}, time is wall-clock"
+    first += ", the predictor's included." if arm else "."
+    best = fastest(figures)
+    if best and (arm is None or best.arm != arm.arm):
+        first += f" The fastest arm was {best.arm} ({factor(best.ratio.median)})."
+    return first
+
+
+def fastest(figures: RaceFigures) -> ArmFigures | None:
+    """The arm with the highest median ratio; None while nothing can be compared."""
+    known = [arm for arm in figures.arms if not math.isnan(arm.ratio.median)]
+    return max(known, key=lambda arm: arm.ratio.median, default=None)
+
+
+def reservations(figures: RaceFigures) -> list[str]:
+    """What must be said beside the headline."""
+    race = figures.race
+    lines = ["One task, one machine, one budget: other models, data and lengths may come out differently."]
+    if race.rule == "constant":
+        lines.append(
+            "All arms train at a constant rate. Such methods are usually scored like that, and it flatters"
+            " them: a tuned, decayed rate takes most of the gain away. The decayed rules decide."
+        )
+    if (seeds := len(race.seeds)) < FEW_SEEDS:
+        lines.append(
+            f"{seeds} seed{'s' * (seeds != 1)}: an interval of their median covers at most"
+            f" {percent(best_possible_coverage(seeds))}, whatever it is called; claims need {FEW_SEEDS}."
+        )
+    if race.trials <= 1:
+        lines.append("One trial an arm: nothing was tuned, so differences may be those of a lucky setting.")
+    lines += _about_misses(figures)
+    if race.in_distribution:
+        lines.append(
+            f"Fitted on earlier runs of this very task (in-distribution): {', '.join(race.in_distribution)}."
+        )
+    if figures.missing:
+        lines.append("Runs are missing (named below): every figure may still change.")
+    return lines
+
+
+def _about_misses(figures: RaceFigures) -> list[str]:
+    missed = [f"{arm.arm} ({arm.misses} of {len(arm.crossings)})" for arm in figures.arms if arm.misses]
+    early = [f"{arm.arm} ({arm.at_most})" for arm in figures.arms if arm.at_most]
+    lines = []
+    if missed:
+        lines.append(f"Seeds that never reached the target count as infinitely slow: {', '.join(missed)}.")
+    if early:
+        lines.append(
+            f"Past the target at the first reading, so possibly faster than stated: {', '.join(early)}."
+        )
+    return lines

@@ -1,0 +1,142 @@
+"""What a jump is made of: the tools all jumps of a run share, the run before one, the jump on probation.
+
+Values only; jump.py takes a jump from start to verdict, parts.py moves the weights, correct.py corrects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from common.messages import Outcome, PhaseDecision, Verdict
+from common.settings import TrainerSettings, VerifySettings
+from trainer_node.basis import Basis
+from trainer_node.delta import AppliedDelta, coefficients_of, linear_deltas, random_deltas
+from trainer_node.ledger import CHECK_PASSES, Ledger
+from trainer_node.snapshot import Snapshot, TensorStore
+from trainer_node.verify import GuardRecord
+from trainer_node.weight_forecast import WeightForecaster
+
+
+@dataclass(frozen=True, kw_only=True)
+class JumpTools:
+    """What every jump of a run shares."""
+
+    basis: Basis
+    optimizers: Sequence[torch.optim.Optimizer]
+    store: TensorStore
+    guard_loss: Callable[[], float]  # nats on the held-back batches, evaluation mode
+    ledger: Ledger
+    settings: VerifySettings
+    probation_steps: int
+    ablation_seed: int | None = None  # deltas become random directions of the same norm
+
+    @property
+    def check_passes(self) -> float:
+        return CHECK_PASSES * self.settings.guard_batches
+
+    def deltas(
+        self, decision: PhaseDecision, forecaster: WeightForecaster | None
+    ) -> Iterable[tuple[int, Tensor]]:
+        """(parameter index, its delta), one at a time."""
+        if forecaster is not None:
+            deltas = self.basis.forecast_displacements(forecaster)
+        else:
+            deltas = linear_deltas(self.basis, coefficients_of(decision))
+        if self.ablation_seed is None:
+            return deltas
+        return random_deltas(deltas, key=(self.ablation_seed, decision.base_step, decision.base_attempt))
+
+
+def jump_tools(
+    settings: TrainerSettings,
+    *,
+    basis: Basis,
+    optimizers: Sequence[torch.optim.Optimizer],
+    store: TensorStore,
+    guard_loss: Callable[[], float],
+    ledger: Ledger,
+) -> JumpTools:
+    return JumpTools(
+        basis=basis,
+        optimizers=optimizers,
+        store=store,
+        guard_loss=guard_loss,
+        ledger=ledger,
+        settings=settings.verify,
+        probation_steps=settings.probation_steps,
+        ablation_seed=settings.seed if settings.basis.ablation == "random" else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Before:
+    """The run just before the jump, as far as the verdict needs it."""
+
+    attempt: int
+    recent_losses: Sequence[float]
+    first_loss: float
+    loss_noise: float
+    waiting_seconds: float
+    full_step_seconds: float
+    guard: GuardRecord = field(default_factory=GuardRecord)  # learns from every jump
+
+
+@dataclass
+class Jump:
+    """A proposal on probation, or its end."""
+
+    decision: PhaseDecision
+    outcome: Outcome
+    snapshot: Snapshot | None  # None without the guard
+    delta: AppliedDelta
+    guard: GuardRecord
+    step_seconds: list[float] = field(default_factory=list)  # of the probation's steps so far
+    step_passes: float = 0.0  # the same in forward-equivalents
+    losses: list[float] = field(default_factory=list)  # of the probation's training batches
+
+    @property
+    def is_to_be_corrected(self) -> bool:
+        """In the step that comes now."""
+        return bool(self.snapshot and self.decision.correction_share > 0.0 and not self.step_seconds)
+
+
+def blank_outcome(
+    decision_id: str,
+    verdict: Verdict,
+    *,
+    step: int,
+    attempt: int,
+    horizon_steps: int = 0,
+    waiting_seconds: float = 0.0,
+    full_step_seconds: float = 0.0,
+) -> Outcome:
+    """The outcome of a decision that moved no weight."""
+    return Outcome(
+        decision_id=decision_id,
+        verdict=verdict,
+        base_step=step,
+        attempt=attempt,
+        horizon_steps=horizon_steps,
+        loss_before=math.nan,
+        loss_after=math.nan,
+        loss_end=math.nan,
+        loss_forecast=math.nan,
+        loss_spread=math.nan,
+        delta_norm=0.0,
+        delta_cosine=math.nan,
+        probation_steps=0,
+        lost_steps=0,
+        passes=0.0,
+        waiting_seconds=waiting_seconds,
+        snapshot_seconds=0.0,
+        jump_seconds=0.0,
+        check_seconds=0.0,
+        restore_seconds=0.0,
+        lost_seconds=0.0,
+        full_step_seconds=full_step_seconds,
+    )
