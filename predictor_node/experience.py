@@ -15,6 +15,7 @@ from typing import Any
 from common.errors import CheckpointError
 from common.messages import APPLIED_VERDICTS, Forecast, Observation, Outcome, PhaseDecision, Verdict
 from common.settings import RunSettings
+from predictor_node.arms import SLOW
 from predictor_node.bandit import REST, LinUCB, Prior
 from predictor_node.budget import ExplorationBudget
 from predictor_node.calibration import NORMAL_FACTOR, Calibration, bucket_of
@@ -29,6 +30,7 @@ KEPT_DECISIONS = 50
 TRAIN_PASSES = 3.0  # forward-equivalents of a micro-batch: forward 1, backward 2
 CHECKS_PER_JUMP = 3  # before, after, and at the end of the probation
 UNTRIED = Prior(-0.05, 1.0)  # what an untried arm is believed to bring: less than its checks cost
+PROMISING = Prior(0.0, 1.0)  # the slow drift is tried first: docs/lab-log.md, anatomy of jumps
 FEW_PULLS = 3  # below that an arm's own estimate says too little about its cost
 
 
@@ -50,7 +52,7 @@ class Experience:
         self._trainer, self._correction_share = trainer, settings.predictor.correction_share
         self.step_passes = TRAIN_PASSES * trainer.batch.accumulation
         self.check_passes = float(CHECKS_PER_JUMP * trainer.verify.guard_batches * trainer.verify.enabled)
-        priors = dict.fromkeys(arm_names[1:], UNTRIED)
+        priors = {name: PROMISING if name.startswith(SLOW) else UNTRIED for name in arm_names[1:]}
         self.bandit = LinUCB(arm_names, DIMENSION, alpha=temper.optimism, priors=priors)
         self.calibration, self.residuals = Calibration(), Residuals(DIMENSION)
         self.budget = ExplorationBudget(

@@ -35,6 +35,7 @@ from predictor_node.policy import (
     make_decision,
     phase_of_run_reason,
     rest,
+    tail_start_step,
 )
 from predictor_node.proposals import Proposal, followed, proposals_for
 from predictor_node.state import RunFacts
@@ -135,13 +136,18 @@ class LearnedPolicy:
         settings, step = self._settings, point.observation.step
         if not settings.predictor.enabled:
             return "prediction is off"
-        if step < min(self._temper.first_step, 0.1 * settings.trainer.steps):
+        if step < self._first_step():
             return "too early in the run"
         return (
             phase_of_run_reason(settings, point)
             or history_reason(settings, point.history, curve)
             or basis_reason(point)
         )
+
+    def _first_step(self) -> float:
+        trainer = self._settings.trainer
+        stable_steps = min(trainer.steps, tail_start_step(trainer.schedule, trainer.steps))
+        return max(min(self._temper.first_step, 0.1 * trainer.steps), self._temper.first_share * stable_steps)
 
     def _worth_trying(self, proposals: list[Proposal]) -> list[Proposal]:
         """Those that the world model does not see refused; all while it knows too little to say."""

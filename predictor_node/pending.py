@@ -52,9 +52,7 @@ class PendingForecasts:
         return [
             Met(p, happened)
             for p in due
-            if p.end_step == observation.step
-            and p.attempt == observation.attempt
-            and math.isfinite(happened)
+            if p.end_step == observation.step and p.attempt == observation.attempt and math.isfinite(happened)
         ]
 
     def state(self) -> list[dict[str, object]]:

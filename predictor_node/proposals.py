@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from common.messages import PhaseDecision
-from predictor_node.arms import FORECASTER, HEAD, PULL_BACK, Arm
+from predictor_node.arms import FORECASTER, HEAD, PULL_BACK, SLOW, Arm
 from predictor_node.policy import DecisionInput
 from predictor_node.tempers import Temper
 
@@ -83,8 +83,11 @@ def _proposal(arm: Arm, point: DecisionInput, source: DeltaSource) -> Proposal |
     coefficients_GK, forecaster = np.zeros(shape), b""
     if arm.kind == HEAD:
         coefficients_GK = source.head_coefficients(point, arm.horizon_steps)
-    elif arm.kind == PULL_BACK:
-        coefficients_GK[:, point.directions.index("pull_back")] = arm.share
+    elif arm.kind in (SLOW, PULL_BACK):
+        direction = "slow_drift" if arm.kind == SLOW else "pull_back"
+        if direction not in point.directions:
+            return None
+        coefficients_GK[:, point.directions.index(direction)] = arm.share
     elif arm.kind == FORECASTER:
         forecaster = source.forecaster(arm.horizon_steps)
     else:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Temper:
     first_step: int  # no proposal before this step, or a tenth of the run where that is less
+    first_share: float  # nor before this share of the steps before the decay: early gains are gone at the end
     max_horizon_steps: int  # of a proposal, before confidence shortens it
     max_refusal: float  # forecast probability of a refusal above which an arm is not tried
     exploration_share: float  # of the run's forward-equivalents that trying may cost on balance
@@ -22,6 +23,7 @@ class Temper:
 TEMPERS = {
     "conservative": Temper(
         first_step=200,
+        first_share=0.5,
         max_horizon_steps=25,
         max_refusal=0.25,
         exploration_share=0.005,
@@ -30,6 +32,7 @@ TEMPERS = {
     ),
     "balanced": Temper(
         first_step=100,
+        first_share=0.5,
         max_horizon_steps=64,
         max_refusal=0.5,
         exploration_share=0.015,
@@ -38,6 +41,7 @@ TEMPERS = {
     ),
     "aggressive": Temper(
         first_step=50,
+        first_share=0.1,
         max_horizon_steps=128,
         max_refusal=0.75,
         exploration_share=0.05,

@@ -143,8 +143,8 @@ _TABLE = (
         "ours-constant",
         "ours at a constant rate, averaged weights handed out",
         (*_LEARNED, *_CONSTANT, ("trainer.read_out", "average"), ("trainer.basis.average_share", 0.1)),
-        tuned=("trainer.basis.average_share", "predictor.temper"),
-        wraps="adamw-constant",
+        tuned=(_RATE, _WEIGHT_DECAY, "trainer.basis.average_share"),
+        wraps="",
         rule="constant",
     ),
     _ours(
