@@ -37,7 +37,7 @@ from predictor_node.policy import (
     rest,
     tail_start_step,
 )
-from predictor_node.proposals import Proposal, followed, proposals_for
+from predictor_node.proposals import Imagined, Proposal, followed, proposals_for
 from predictor_node.state import RunFacts
 from predictor_node.tempers import TEMPERS
 from predictor_node.ticks import TickMaker
@@ -45,6 +45,7 @@ from predictor_node.warm_start import read_warm_start
 
 TICKS_PER_WINDOW = 4
 MAX_WINDOW_FACTOR = 8  # while nothing is worth trying, windows grow: a decision point is not free
+MAX_CHUNKS = 64  # what the trainer takes (docs/messages.md)
 ON_PROBATION = {Verdict.ACCEPTED: False, Verdict.REFUSED: True}
 
 
@@ -150,12 +151,16 @@ class LearnedPolicy:
         return max(min(self._temper.first_step, 0.1 * trainer.steps), self._temper.first_share * stable_steps)
 
     def _worth_trying(self, proposals: list[Proposal]) -> list[Proposal]:
-        """Those that the world model does not see refused; all while it knows too little to say."""
+        """Those that the world model sees neither refused nor surely worse than a rest; all of them while
+        it knows too little to say."""
         imagined = self.models.imagine(proposals, self._probation_ticks)
         for proposal, forecast in zip(proposals, imagined, strict=True):
             proposal.imagined = forecast
-        limit = self._temper.max_refusal
-        return [p for p in proposals if p.imagined is None or p.imagined.refusal <= limit]
+        return [p for p in proposals if p.imagined is None or self._may_pay(p.imagined)]
+
+    def _may_pay(self, imagined: Imagined) -> bool:
+        refused = imagined.refusal is not None and imagined.refusal > self._temper.max_refusal
+        return not refused and imagined.change_by_jump <= imagined.spread
 
     def _propose(
         self,
@@ -188,7 +193,7 @@ class LearnedPolicy:
             arm=arm.name,
             forecaster=chosen.forecaster,
             correction_share=predictor.correction_share,
-            chunks=math.ceil(arm.horizon_steps / chunk_steps) if chunk_steps else 1,
+            chunks=min(MAX_CHUNKS, math.ceil(arm.horizon_steps / chunk_steps)) if chunk_steps else 1,
         )
         self.experience.decided(decision, raw_spread=base.spread)
         return decision

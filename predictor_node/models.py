@@ -33,6 +33,7 @@ from predictor_node.tempers import TEMPERS
 from predictor_node.world_model import WorldModel
 
 MIN_UPDATES = 100  # before that the world model's forecasts are not asked for
+MIN_REFUSAL_UPDATES = 400  # the refusal head learns more slowly (measured on a toy: docs/lab-log.md)
 MIN_JUMPS = 5  # seen to their end; before that it cannot know what a jump does
 MIN_EXPLAINED = 0.05  # share of the displacement that phi must explain before it is an arm
 MAX_UPDATES_AT_ONCE = 2  # spreads the work: a decision must not wait for a long lesson
@@ -160,7 +161,11 @@ class Models:
             actions_NTA[row, 0] = proposal.action()
         resting, *arms = self.world.imagine(actions_NTA)
         return [
-            Imagined(change_by_jump=arm.loss_change - resting.loss_change, refusal=arm.refusal)
+            Imagined(
+                change_by_jump=arm.loss_change - resting.loss_change,
+                spread=math.hypot(arm.disagreement, resting.disagreement),
+                refusal=arm.refusal if self.world.updates >= MIN_REFUSAL_UPDATES else None,
+            )
             for arm in arms
         ]
 

@@ -25,7 +25,8 @@ class Imagined:
     """What the world model sees at the end of the probation."""
 
     change_by_jump: float  # nats: loss with the jump less loss without it
-    refusal: float  # probability in [0, 1]
+    spread: float  # nats: one standard deviation of that, by what the ensemble does not agree on
+    refusal: float | None  # probability in [0, 1]; None while too little is known
 
 
 class DeltaSource(Protocol):

@@ -33,6 +33,7 @@ from trainer_node.weight_history import WeightHistory
 from trainer_node.weight_sample import WeightSample
 
 K = len(DIRECTIONS)
+MAX_SAMPLE_BYTES = 200 * 1024  # of a message's 256 KiB (common/codec.py); the rest of a point takes a few
 
 
 class Basis:
@@ -66,6 +67,7 @@ class Basis:
         self._has_former = torch.zeros((), dtype=torch.int64)
         self.history: WeightHistory | None = None
         if settings.history_snapshots > 0:
+            _check_sample_fits(settings.history_sample, len(groups))
             self.history = WeightHistory(
                 self.parameters,
                 WeightSample(groups, settings.history_sample, seed=seed),
@@ -189,3 +191,13 @@ class Basis:
         samples = (self._former_GKm, self._has_former)
         past = self.history.bytes_held() if self.history is not None else 0
         return self.averages.bytes_held() + past + sum(t.numel() * t.element_size() for t in samples)
+
+
+def _check_sample_fits(sample_size: int, num_groups: int) -> None:
+    """DecisionPoint.weights travels inside a message. Raises SettingsError."""
+    limit = MAX_SAMPLE_BYTES // (4 * num_groups)
+    if sample_size > limit:
+        raise SettingsError(
+            f"basis.history_sample = {sample_size} does not fit into a message with {num_groups} groups;"
+            f" the largest is {limit}"
+        )

@@ -29,7 +29,7 @@ from trainer_node.loop import Loop
 from trainer_node.progress import progress_from_json
 from trainer_node.snapshot import random_state, set_random_state
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 READ_OUT = "read_out.safetensors"  # parameters; buffers are those of model.safetensors
 
 
@@ -173,9 +173,6 @@ def load_weights(folder: Path, model: nn.Module) -> int:
 def _load_tensors(
     loop: Loop, tensors: Mapping[str, Mapping[str, Tensor]], values: dict[str, Any], folder: Path
 ) -> None:
-    for name, tensor in _model_tensors(loop.task.model).items():
-        tensor.copy_(tensors["model"][name])
-    _load_optimizers(loop.optimizers, tensors["optimizer"], values)
     if loop.basis is not None:
         mine, saved = loop.basis.tensors(), tensors.get("basis", {})
         if {n: (t.shape, t.dtype) for n, t in mine.items()} != {
@@ -184,7 +181,11 @@ def _load_tensors(
             raise CheckpointError(
                 f"{folder}: was written with another [trainer.basis]; resume with its config.toml"
             )
-        loop.basis.load(saved)
+    for name, tensor in _model_tensors(loop.task.model).items():
+        tensor.copy_(tensors["model"][name])
+    _load_optimizers(loop.optimizers, tensors["optimizer"], values)
+    if loop.basis is not None:
+        loop.basis.load(tensors["basis"])
     set_random_state(dict(tensors["random"]), loop.task.device)
 
 

@@ -1,180 +1,124 @@
-"""The figures and numbers of docs/how-it-works.md, from one real run: `python -m tests.bench.how_it_works`.
+"""The figures of docs/how-it-works.md, from one real run: `python -m tests.bench.how_it_works [--out DIR]`.
 
-One run of the learned policy in lockstep, predictor in the same process, one thread. At every proposal the road
-without the jump is taken too (race/twin.py), which the run itself does not notice. Draws two pictures and
-prints what it did, and how often the judge is wrong on synthetic curves. Asserts nothing.
+With OMP_NUM_THREADS=1, about 15 s. Draws two pictures, prints every jump, and how often the judge is wrong on
+synthetic curves. Asserts nothing. The run itself: how_it_works_run.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import platform
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
+import matplotlib
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from common import features
-from common.clock import SystemClock
-from common.config import dump_settings, load_settings
-from common.messages import Message, Observation, Outcome, Phase, PhaseDecision, Verdict
+from common.config import load_settings
+from common.messages import Outcome, Phase, Verdict
 from common.settings import RunSettings
 from predictor_node.calibration import NORMAL_FACTOR
-from predictor_node.node import Predictor, in_memory_predictor
+from tests.bench.how_it_works_run import Seen, live
 from tests.trainer.test_judge import BATCH_NOISE, CYCLES, GUARD_NOISE, RUNS, share_refused
-from trainer_node.assembly import build_loop, prepare_task, run_started
-from trainer_node.loop import Loop
-from trainer_node.race.in_process import InProcessPredictor
-from trainer_node.race.twin import Crossroads, nothing
+from trainer_node.race.machine import machine
 
 LOSS = features.INDEX["loss"]
 OVERRIDES = (
+    "trainer.steps=600",
+    "trainer.model.width=128",
+    "trainer.batch.sequences=256",
+    "trainer.schedule.decay_share=0.2",
     "trainer.decision_mode=lockstep",
     "trainer.checkpoint.snapshot=memory",
     "predictor.policy=learned",
+    "predictor.temper=aggressive",
 )
+OUT = Path(__file__).resolve().parents[2] / "docs" / "how-it-works"
 HAPPENED_STEPS = 8  # as predictor_node/pending.py
 KEPT, UNDONE, PLAIN = "#2a8f4f", "#c43c39", "#3b6ea5"
 COLOURS = {Verdict.ACCEPTED: KEPT, Verdict.REFUSED: UNDONE, Verdict.RUINED: "#7a1f1d"}
-KINDS = {"head": "o", "pull_back": "s", "forecaster": "^"}
-
-
-@dataclass
-class Seen:
-    """All that was told and measured. Guard losses by (attempt, step); twins by decision id."""
-
-    steps: list[Observation] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
-    decisions: dict[str, PhaseDecision] = field(default_factory=dict)
-    guard: dict[tuple[int, int], float] = field(default_factory=dict)
-    twins: dict[str, list[float]] = field(default_factory=dict)
-    budget: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    rewards: dict[str, float] = field(default_factory=dict)  # by decision id
-
-    def decision_of(self, outcome: Outcome) -> PhaseDecision:
-        return self.decisions[outcome.decision_id]
-
-    @property
-    def jumps(self) -> list[Outcome]:
-        return [outcome for outcome in self.outcomes if outcome.verdict in COLOURS]
-
-
-class Watcher(InProcessPredictor):
-    """Passes everything on; reads the guard loss after every step and takes the other road at proposals."""
-
-    def __init__(self, predictor: Predictor, seen: Seen) -> None:
-        super().__init__(predictor, SystemClock())
-        self._core, self._seen = predictor, seen
-        self.loop: Loop | None = None
-
-    def emit(self, message: Message) -> None:
-        super().emit(message)
-        seen = self._seen
-        if isinstance(message, Observation):
-            seen.steps.append(message)
-            if self.loop is not None:
-                seen.guard[message.attempt, message.step] = self.loop.guard_loss()
-        elif isinstance(message, Outcome):
-            seen.outcomes.append(message)
-            self._look_at_the_policy(message)
-
-    def wait_decision(self, *, step: int, attempt: int, seconds: float | None) -> PhaseDecision | None:
-        decision = super().wait_decision(step=step, attempt=attempt, seconds=seconds)
-        if decision is not None:
-            self._seen.decisions[decision.decision_id] = decision
-            if decision.phase is Phase.PREDICT and self.loop is not None:
-                with Crossroads(self.loop) as here:
-                    stops = range(self.loop.rules.probation_steps + 1)
-                    road = here.road(nothing, list(stops))
-                self._seen.twins[decision.decision_id] = [road[stop].guard for stop in stops if stop in road]
-        return decision
-
-    def _look_at_the_policy(self, outcome: Outcome) -> None:
-        policy = self._core.learned.policy
-        assert policy is not None
-        values: Any = policy.values
-        self._seen.budget.append((outcome.base_step, values["budget"]))
-        for entry in values["decisions"]:
-            if entry["reward"] is not None:
-                self._seen.rewards[entry["decision_id"]] = entry["reward"]
-
-
-def live(settings: RunSettings) -> tuple[Seen, Loop]:
-    task, seen = prepare_task(settings.trainer), Seen()
-    watcher = Watcher(in_memory_predictor(), seen)
-    loop = build_loop(
-        task,
-        settings,
-        links=watcher,
-        emit=watcher.emit,
-        housekeeping=lambda loop: None,
-        clock=SystemClock(),
-        generation=1,
-        snapshot_folder=None,
-    )
-    watcher.emit(
-        run_started(
-            loop,
-            run_id="how-it-works",
-            settings_toml=dump_settings(settings),
-            resumed_from="",
-            feature_version=features.VERSION,
-        )
-    )
-    watcher.loop = loop
-    loop.run()
-    return seen, loop
+INK, PALE = "#22313f", "#b9c4cf"
 
 
 # ---- the whole run ---------------------------------------------------------------------------
 
 
 def draw_run(seen: Seen, settings: RunSettings, path: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(11, 5.2), layout="constrained")
-    probation = settings.trainer.probation_steps
-    shade_phases(axes, seen)
-    undone = {step.attempt for step in seen.steps} - {seen.steps[-1].attempt}
+    """The loss with its phases, jumps by verdict, and forecasts of the road without a jump."""
+    figure, (whole, part) = pyplot.subplots(
+        2, figsize=(11, 7.4), layout="constrained", gridspec_kw={"height_ratios": [1.0, 1.7]}
+    )
+    last_jump = max((jump.base_step for jump in seen.jumps), default=0)
+    for axes in (whole, part):
+        draw_loss(axes, seen)
+        axes.set_ylabel("training loss, nats")
+    whole.set_yscale("log")
+    first, last = settings.trainer.statistics_steps + 16, last_jump + 60
+    shown = [step.features[LOSS] for step in seen.steps if first <= step.step <= last]
+    low, high = min(shown), max(shown)
+    part.set(xlim=(first, last), ylim=(low - 0.35 * (high - low), high + 0.15 * (high - low)))
+    whole.set_xlim(0, settings.trainer.steps)
+    whole.set_title(
+        "the whole run: a few jumps while trying is affordable, then arm 0", fontsize=10, loc="left"
+    )
+    part.set_title("the part with jumps, and the predictor's forecasts", fontsize=10, loc="left")
+    part.set_xlabel("real step that is kept")
+    draw_forecasts(part, seen, settings.trainer.probation_steps)
+    for jump in seen.jumps:
+        part.annotate(
+            seen.arm_of(jump),
+            (jump.base_step + 0.5, high),
+            color=COLOURS[jump.verdict],
+            fontsize=8,
+        )
+    part.legend(handles=legend_of_the_run(), loc="lower left", fontsize=8, ncols=2)
+    figure.savefig(path, dpi=100)
+
+
+def draw_loss(axes: Axes, seen: Seen) -> None:
+    """The run as it was kept: where CORRECT was undone, the steps that were taken again."""
     kept = {step.step: step.features[LOSS] for step in seen.steps}
-    axes.plot(list(kept), list(kept.values()), color="#b9c4cf", linewidth=0.7, label="training loss, one batch")
-    smooth = smoothed(list(kept.values()))
-    axes.plot(list(kept), smooth, color="#22313f", linewidth=1.3, label=f"mean of {HAPPENED_STEPS} steps")
+    axes.plot(list(kept), list(kept.values()), color=PALE, linewidth=0.7)
+    axes.plot(list(kept), smoothed(list(kept.values())), color=INK, linewidth=1.3)
+    axes.axvspan(0, sum(step.phase is Phase.WARMUP for step in seen.steps), color="#eeeeee", linewidth=0)
+    for jump in seen.jumps:
+        colour, end = COLOURS[jump.verdict], jump.base_step + max(1, jump.probation_steps)
+        axes.axvspan(jump.base_step, end, color=colour, alpha=0.15, linewidth=0)
+        axes.axvline(jump.base_step, color=colour, linewidth=1.2)
+
+
+def draw_forecasts(axes: Axes, seen: Seen, probation_steps: int) -> None:
     for decision in seen.decisions.values():
         forecast = decision.forecast
-        if forecast is None or decision.base_attempt in undone and decision.horizon_steps:
-            pass
-        if forecast is not None:
-            axes.errorbar(
-                decision.base_step + probation,
-                forecast.loss_without,
-                yerr=NORMAL_FACTOR * forecast.spread,
-                fmt="_",
-                color=PLAIN,
-                linewidth=1.0,
-                capsize=2,
-            )
-    top = max(smooth)
-    for jump in seen.jumps:
-        axes.plot(jump.base_step, top * 1.35, marker="v", color=COLOURS[jump.verdict], markersize=6)
-    axes.set(yscale="log", xlabel="real step that is kept", ylabel="nats")
-    axes.set_xlim(0, seen.steps[-1].step)
-    handles, _ = axes.get_legend_handles_labels()
-    axes.legend(handles=handles, loc="lower left")
-    figure.savefig(path, dpi=110)
+        if forecast is None:
+            continue
+        end = decision.base_step + probation_steps
+        axes.errorbar(
+            end - (1.5 if decision.horizon_steps else 0.0),  # a step that is undone is forecast twice
+            forecast.loss_without,
+            yerr=NORMAL_FACTOR * forecast.spread,
+            fmt="o",
+            markersize=3.5,
+            color=PLAIN,
+            linewidth=1.2,
+            capsize=3,
+        )
 
 
-def shade_phases(axes: Axes, seen: Seen) -> None:
-    warm = [step.step for step in seen.steps if step.phase is Phase.WARMUP]
-    axes.axvspan(0, max(warm), color="#eeeeee", linewidth=0)
-    for jump in seen.jumps:
-        end = jump.base_step + max(1, jump.probation_steps)
-        axes.axvspan(jump.base_step, end, color=COLOURS[jump.verdict], alpha=0.13, linewidth=0)
+def legend_of_the_run() -> list[Line2D | Patch]:
+    return [
+        Line2D([], [], color=INK, label=f"training loss, mean of {HAPPENED_STEPS} steps (pale: one batch)"),
+        Line2D([], [], color=PLAIN, marker="o", label="forecast without a jump, calibrated 80 % interval"),
+        Patch(color="#eeeeee", label="WARMUP"),
+        Patch(color=KEPT, alpha=0.3, label="jump (line) and CORRECT, kept"),
+        Patch(color="white", label="FULL (white)"),
+        Patch(color=UNDONE, alpha=0.3, label="jump (line) undone; the curve is the steps taken again"),
+    ]
 
 
 def smoothed(losses: list[float]) -> list[float]:
@@ -182,23 +126,131 @@ def smoothed(losses: list[float]) -> list[float]:
     return [sum(losses[max(0, i + 1 - count) : i + 1]) / min(count, i + 1) for i in range(len(losses))]
 
 
-def report(seen: Seen, loop: Loop) -> None:
-    print("arms", Counter(seen.decision_of(o).arm for o in seen.jumps))
-    print("verdicts", Counter(o.verdict.value for o in seen.outcomes))
-    print("reasons", Counter(d.reason for d in seen.decisions.values()))
-    for o in seen.jumps:
-        d = seen.decision_of(o)
-        twin = seen.twins[o.decision_id][-1]
-        print(o.base_step, d.arm, o.verdict.value, f"before {o.loss_before:.4f} after {o.loss_after:.4f} end {o.loss_end:.4f} forecast {o.loss_forecast:.4f} +- {o.loss_spread:.4f} twin {twin:.4f} reward {seen.rewards.get(o.decision_id)} cos {o.delta_cosine:.2f}")
+# ---- jumps in detail, and the budget ---------------------------------------------------------
+
+
+def draw_jumps(seen: Seen, settings: RunSettings, path: Path) -> None:
+    figure, panels = pyplot.subplots(1, 3, figsize=(13.5, 4.6), layout="constrained")
+    kept = [jump for jump in seen.jumps if jump.verdict is Verdict.ACCEPTED]
+    undone = [jump for jump in seen.jumps if jump.verdict is Verdict.REFUSED]
+    if kept:
+        best = max(kept, key=lambda jump: seen.twins[jump.decision_id][-1] - jump.loss_end)
+        draw_jump(panels[0], seen, best, settings)
+    if undone:
+        draw_jump(panels[1], seen, undone[0], settings)
+    draw_budget(panels[2], seen)
+    figure.savefig(path, dpi=100)
+
+
+def draw_jump(axes: Axes, seen: Seen, jump: Outcome, settings: RunSettings) -> None:
+    """The guard loss around one jump, the twin that did not jump, and the judge's forecast with its limit."""
+    base, attempt = jump.base_step, seen.decisions[jump.decision_id].base_attempt
+    steps = range(jump.probation_steps + 1)
+    before = range(-settings.trainer.window_steps, 0)
+    window = [seen.guard_at(base + offset, attempt) for offset in before]
+    axes.plot([*before, 0], [*window, jump.loss_before], color=INK, label="before the jump")
+    tried = [jump.loss_after, *(seen.guard[attempt, base + step] for step in steps[1:])]
+    colour = COLOURS[jump.verdict]
+    axes.plot([0, 0], [jump.loss_before, jump.loss_after], color=colour, linestyle=":")
+    axes.plot(steps, tried, color=colour, marker="o", markersize=3, label="jump and CORRECT")
+    twin = seen.twins[jump.decision_id]
+    axes.plot(range(len(twin)), twin, color=PLAIN, linestyle="--", label="the road not taken")
+    limit = jump.loss_forecast + settings.trainer.verify.tolerance * jump.loss_spread
+    end = jump.probation_steps
+    axes.plot([0, end], [jump.loss_before, jump.loss_forecast], color="#888888", linewidth=1)
+    axes.errorbar(
+        end + 0.6,
+        jump.loss_forecast,
+        yerr=jump.loss_spread,
+        fmt="D",
+        color="#888888",
+        markersize=4,
+        capsize=4,
+        label="judge's forecast, one spread",
+    )
+    axes.axhline(limit, color="#888888", linewidth=0.8, linestyle=":")
+    axes.annotate("limit", (before[0], limit), fontsize=8, va="bottom", color="#666666")
+    axes.set(xlabel=f"steps since step {base}", ylabel="guard loss, nats")
+    axes.set_title(f"{seen.arm_of(jump)}: {jump.verdict.value}", fontsize=10, loc="left", color=colour)
+    axes.legend(fontsize=8, loc="best")
+
+
+def draw_budget(axes: Axes, seen: Seen) -> None:
+    steps = [step for step, _ in seen.budget]
+    allowance = [b["share"] * max(b["spent_passes"], b["planned_passes"]) for _, b in seen.budget]
+    factor = seen.budget[-1][1]["worst_factor"]
+    axes.plot(
+        steps, [factor * a for a in allowance], color=UNDONE, linestyle=":", label="limit of the worst case"
+    )
+    axes.plot(steps, allowance, color=INK, linestyle=":", label="allowance")
+    for name, colour in (("net_passes", INK), ("expected_passes", PLAIN)):
+        values = [b[name] for _, b in seen.budget]
+        axes.step(steps, values, where="post", color=colour, label=name.replace("_passes", " cost"))
+    for jump in seen.jumps:
+        net = next(b["net_passes"] for step, b in reversed(seen.budget) if step <= jump.base_step)
+        reward = seen.rewards.get(jump.decision_id, 0.0)
+        axes.plot(jump.base_step, net, "o", color=COLOURS[jump.verdict])
+        axes.annotate(
+            f"{seen.arm_of(jump)} {reward:+.2f}",
+            (jump.base_step, net),
+            xytext=(-6, 3) if jump.verdict is Verdict.ACCEPTED else (5, 5),
+            textcoords="offset points",
+            ha="right" if jump.verdict is Verdict.ACCEPTED else "left",
+            fontsize=7.5,
+        )
+    last_jump = max((jump.base_step for jump in seen.jumps), default=0)
+    axes.set(xlabel="real step", ylabel="forward-equivalents", xlim=(0, last_jump + 110))
+    axes.set_ylim(top=1.35 * factor * max(allowance))
+    axes.set_title("what trying cost, with the reward of each jump", fontsize=10, loc="left")
+    axes.legend(fontsize=8, loc="upper left")
+
+
+# ---- numbers ---------------------------------------------------------------------------------
+
+
+def report(seen: Seen) -> None:
+    print("what decisions said:", dict(Counter(d.reason.split(",")[0] for d in seen.decisions.values())))
+    print("step  arm            verdict    before  after   end     forecast  spread  road not taken  reward")
+    for jump in seen.jumps:
+        print(
+            f"{jump.base_step:4d}  {seen.arm_of(jump):13s}  {jump.verdict.value:9s}"
+            f"  {jump.loss_before:.4f}  {jump.loss_after:.4f}  {jump.loss_end:.4f}"
+            f"  {jump.loss_forecast:.4f}    {jump.loss_spread:.4f}  {seen.twins[jump.decision_id][-1]:.4f}"
+            f"          {seen.rewards.get(jump.decision_id, float('nan')):+.2f}"
+        )
+
+
+def report_judge() -> None:
+    print(
+        f"share of jumps refused, {RUNS} synthetic runs x {CYCLES} jumps, noise {BATCH_NOISE} nats of"
+        f" a batch, {GUARD_NOISE} of the guard loss"
+    )
+    for probation_steps in (8, 16):
+        for harm in (0.0, 0.02, 0.05, 0.1):
+            share = share_refused(probation_steps, harm=harm)
+            print(f"  probation {probation_steps:2d} steps, lasting harm {harm:.2f} nats: {share:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="race-regression")
+    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    matplotlib.use("Agg")
+    settings = load_settings(preset=options.preset, overrides=[*OVERRIDES, *options.set])
+    started = time.process_time()
+    seen, loop = live(settings)
+    seconds = time.process_time() - started
+    print(f"{time.strftime('%Y-%m-%d')}, {machine()}, Python {platform.python_version()}")
+    print(f"{loop.progress.step} steps kept, {len(seen.steps)} taken, {seconds:.0f} s of CPU, twins included")
+    report(seen)
+    options.out.mkdir(parents=True, exist_ok=True)
+    draw_run(seen, settings, options.out / "run.png")
+    draw_jumps(seen, settings, options.out / "jumps.png")
+    print(f"drawn: {options.out}/run.png, {options.out}/jumps.png")
+    report_judge()
 
 
 if __name__ == "__main__":
-    import sys
-    preset = sys.argv[1]
-    torch.set_num_threads(1)
-    t = time.process_time()
-    settings = load_settings(preset=preset, overrides=[*OVERRIDES, *sys.argv[2:]])
-    seen, loop = live(settings)
-    print(preset, len(seen.steps), "steps", time.process_time() - t, "cpu s", loop.progress.step)
-    report(seen, loop)
-    draw_run(seen, settings, Path("/tmp/run.png"))
+    main()

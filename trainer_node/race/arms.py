@@ -139,6 +139,15 @@ _TABLE = (
         tuned=_TEMPER,
     ),
     _ours("ours", "world model and bandit", _LEARNED, tuned=_TEMPER),
+    *(
+        _ours(
+            f"ours-{temper}",
+            f"ours with the {temper} preset",
+            (*_LEARNED, ("predictor.temper", temper)),
+            tuned=("trainer.basis.average_steps",),
+        )
+        for temper in ("conservative", "balanced", "aggressive")
+    ),
     _ours(
         "ours-constant",
         "ours at a constant rate, averaged weights handed out",
