@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.errors import SettingsError
 from common.messages import DIRECTIONS, DecisionPoint
 from common.settings import BasisSettings
 from trainer_node.averages import Averages, make_averages
