@@ -52,6 +52,7 @@ def small_settings(*overrides: str) -> RunSettings:
             "trainer.probation_steps=8",
             "trainer.schedule.warmup_steps=0",
             "trainer.checkpoint.every_steps=40",
+            'predictor.policy="fixed"',
             "predictor.horizon_steps=[5, 10, 15]",
             "predictor.rest_windows=2",
             *overrides,

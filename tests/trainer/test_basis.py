@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import SettingsError
+
 from tests.references import cosine_of, gram_of, happened_of
 from tests.trainer.small_job import (
     DRIFT,
@@ -231,3 +233,8 @@ def test_the_bytes_held_are_those_of_all_its_tensors_and_within_the_bars():
         weights_bytes = 4 * sum(p.numel() for p in job.basis.parameters)
         former_bytes = 4 * len(job.groups) * K * 16 + 8
         assert job.basis.bytes_held() == copies * weights_bytes + former_bytes
+
+
+def test_a_sample_that_fits_into_no_message_is_refused_in_one_line() -> None:
+    with pytest.raises(SettingsError, match=r"history_sample .* the largest is"):
+        small_job(history_snapshots=3, history_sample=65_000)
