@@ -1,11 +1,12 @@
 """The delta head: coefficients G x K for the next proposal, learned from what happened after each window.
 
 For every direction k one ridge regression with forgetting, shared by all groups. Target y[g, k]: the least-
-squares coefficient of the window that followed, per reference window. Inputs x[g, k]: the running mean of y
-(shrunk to zero while there is little of it), the last y, the direction's relative norm, the unexplained
-share, and the latent state through a fixed random projection. The prior is "the running mean goes on": 20
-windows are enough for it, and nothing else is believed before it has paid. Zero history gives zeros.
-All that is proposed is inside the trust region. Knows no world model and no bandit.
+squares coefficient of the window that followed, per reference window, over drifts per reference window.
+Inputs x[g, k]: the running mean of y (shrunk to zero while there is little of it), the last y, the
+direction's relative norm, the unexplained share, and the latent state through a fixed random projection.
+The prior is "the running mean goes on": 20 windows are enough for it, and nothing else is believed before
+it has paid. Zero history gives zeros. All that is proposed is inside the trust region. Knows no world model
+and no bandit.
 
 G groups, K directions, L inputs, D latent size.
 """
@@ -26,8 +27,8 @@ MEAN_FORGETTING = 0.95
 MEAN_PRIOR = 2.0  # windows of zeros that the running mean starts with
 RIDGE, LATENT_RIDGE = 4.0, 20.0  # windows times groups of doubt against anything but the running mean
 PROJECTED = 8
-REFUSED_WEIGHT = 0.25  # of a window whose jump was refused; give it to `observe`
 PULL_BACK = DIRECTIONS.index("pull_back")
+DRIFTS = [DIRECTIONS.index("drift"), DIRECTIONS.index("slow_drift")]  # as long as the window that made them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +87,14 @@ class DeltaHead:
             "mean_count": np.array([MEAN_PRIOR]),
             "inputs_GKL": zeros((num_groups, num_directions, num_inputs)),
             "has_inputs": np.zeros(1),
+            "former_steps": np.array([float(window_steps)]),  # length of the window that the basis is from
         }
         self._state["errors_K2"][:, 0] = self._bound_K**2  # one window of full doubt
 
     def observe(self, point: HeadInput, *, weight: float = 1.0) -> None:
         """Learn what happened in the window that ends here; remember the point for the next.
 
-        `weight` is the share that this window counts, e.g. REFUSED_WEIGHT.
+        `weight` is the share that this window counts.
         """
         state, target_GK = self._state, self._target(point)
         if state["has_inputs"][0]:
@@ -107,11 +109,14 @@ class DeltaHead:
             state["mean_count"][0] = count
         state["inputs_GKL"] = self._inputs(point, target_GK)
         state["has_inputs"][0] = 1.0
+        state["former_steps"][0] = point.window_steps
 
     def propose(self, point: HeadInput, *, horizon_steps: int) -> HeadProposal:
-        """For the point last observed. Coefficients are per proposal, not per step."""
+        """For the point last observed. Coefficients are per proposal, not per step: a drift that a long
+        window made is that much longer, and gets that much less of a coefficient."""
         windows = horizon_steps / self._window_steps
         reach_K = np.full(len(self._bound_K), windows)
+        reach_K[DRIFTS] *= self._window_steps / point.window_steps
         reach_K[PULL_BACK] = min(1.0, windows)  # an average that is reached is not passed
         inputs_GKL = self._state["inputs_GKL"]
         weights_KL, inverse_KLL = self._solve()
@@ -154,8 +159,9 @@ class DeltaHead:
     def _target(self, point: HeadInput) -> np.ndarray:
         """(G, K) what happened per reference window, within bounds: two nearly equal directions can get
         huge coefficients of opposite signs."""
-        per_window = self._window_steps / point.window_steps
-        return np.clip(np.nan_to_num(point.happened_GK) * per_window, -self._bound_K, self._bound_K)
+        per_window_K = np.full(len(self._bound_K), self._window_steps / point.window_steps)
+        per_window_K[DRIFTS] *= self._state["former_steps"][0] / self._window_steps
+        return np.clip(np.nan_to_num(point.happened_GK) * per_window_K, -self._bound_K, self._bound_K)
 
     def _inputs(self, point: HeadInput, target_GK: np.ndarray) -> np.ndarray:
         norms_GK = np.sqrt(np.nan_to_num(np.einsum("gkk->gk", point.gram_GKK), posinf=0.0).clip(min=0.0))

@@ -21,14 +21,13 @@ from predictor_node.budget import ExplorationBudget
 from predictor_node.calibration import NORMAL_FACTOR, Calibration, bucket_of
 from predictor_node.context import DIMENSION
 from predictor_node.history import History
-from predictor_node.pending import Pending, PendingForecasts
+from predictor_node.pending import AVERAGED_STEPS, Pending, PendingForecasts
 from predictor_node.residuals import Residuals, scale_of
 from predictor_node.reward import cost_steps, gained_steps, reward_of
 from predictor_node.tempers import TEMPERS
 
 KEPT_DECISIONS = 50
 TRAIN_PASSES = 3.0  # forward-equivalents of a micro-batch: forward 1, backward 2
-CHECKS_PER_JUMP = 3  # before, after, and at the end of the probation
 UNTRIED = Prior(-0.05, 1.0)  # what an untried arm is believed to bring: less than its checks cost
 PROMISING = Prior(0.0, 1.0)  # the slow drift is tried first: docs/lab-log.md, anatomy of jumps
 FEW_PULLS = 3  # below that an arm's own estimate says too little about its cost
@@ -41,9 +40,10 @@ class Tried:
     decision_id: str
     arm: str
     context: tuple[float, ...]
-    loss_forecast: float  # nats, with the jump
+    loss_forecast: float  # nats, with the jump, before residuals.py corrected it
     slope_nats: float  # expected progress per step without the jump
-    expected_cost_passes: float
+    expected_cost_passes: float = 0.0
+    coefficient_scale: float = 1.0  # by which residuals.py multiplied the delta
 
 
 class Experience:
@@ -51,7 +51,6 @@ class Experience:
         trainer, temper = settings.trainer, TEMPERS[settings.predictor.temper]
         self._trainer, self._correction_share = trainer, settings.predictor.correction_share
         self.step_passes = TRAIN_PASSES * trainer.batch.accumulation
-        self.check_passes = float(CHECKS_PER_JUMP * trainer.verify.guard_batches * trainer.verify.enabled)
         priors = {name: PROMISING if name.startswith(SLOW) else UNTRIED for name in arm_names[1:]}
         self.bandit = LinUCB(arm_names, DIMENSION, alpha=temper.optimism, priors=priors)
         self.calibration, self.residuals = Calibration(), Residuals(DIMENSION)
@@ -59,6 +58,7 @@ class Experience:
             temper.exploration_share, planned_passes=self.step_passes * trainer.steps
         )
         self._pending = PendingForecasts()
+        self._averaged_steps = min(AVERAGED_STEPS, trainer.probation_steps)
         self._decisions: list[dict[str, Any]] = []
         self._tried: Tried | None = None
         self._happened: tuple[str, float] = ("", math.nan)  # the newest forecast that met its step
@@ -97,21 +97,30 @@ class Experience:
         share = (self._undone + 1.0) / (self._applied + 3.0)
         return share if imagined is None else 0.5 * (share + imagined)
 
-    def affordable_cost(self, arm: str, *, refusal: float, mean_reward: float) -> float | None:
+    def check_passes(self, chunks: int = 1) -> float:
+        """Of one jump: a check before it, one after each part, one at the end of the probation."""
+        verify = self._trainer.verify
+        return float((2 + chunks) * verify.guard_batches * verify.enabled)
+
+    def affordable_cost(self, arm: str, *, refusal: float, mean_reward: float, chunks: int) -> float | None:
         """Expected cost less gain of a proposal in passes, or None if the budget does not allow it.
 
         An arm that was tried is judged by its rewards, which hold all costs; another by what checks
         and a refusal cost.
         """
         probation_passes = self._trainer.probation_steps * self.step_passes
-        expected = self.check_passes + refusal * probation_passes
+        check_passes = self.check_passes(chunks)
+        expected = check_passes + refusal * probation_passes
         if self.bandit.pulls[arm] >= FEW_PULLS:
             gained_cycles = math.atanh(max(-0.9, min(0.9, mean_reward)))
             expected = -gained_cycles * self.cycle_steps * self.step_passes
-        return expected if self.budget.allows(expected, self.check_passes + probation_passes) else None
+        return expected if self.budget.allows(expected, check_passes + probation_passes) else None
 
-    def decided(self, decision: PhaseDecision, *, raw_spread: float) -> None:
-        """Remember the decision, and its forecast for the day that it can be compared."""
+    def decided(self, decision: PhaseDecision, *, raw_spread: float, slope_nats: float) -> None:
+        """Remember the decision, and its forecast for the day that it can be compared.
+
+        What happened will be a mean over the last steps, so the forecast is moved to their middle.
+        """
         forecast = decision.forecast
         if forecast is None:
             return
@@ -121,8 +130,9 @@ class Experience:
                 end_step=decision.base_step + self._trainer.probation_steps,
                 attempt=decision.base_attempt,
                 key=bucket_of(decision.horizon_steps),
-                forecast=forecast.loss,
+                forecast=forecast.loss + slope_nats * (self._averaged_steps - 1) / 2,
                 spread=raw_spread,
+                averaged_steps=self._averaged_steps,
             )
         )
         entry = {
@@ -143,6 +153,8 @@ class Experience:
         """What became of a decision. Only what was tried to the end teaches."""
         tried, self._tried = self._tried, None
         self._note(outcome.decision_id, verdict=outcome.verdict.value)
+        if outcome.verdict not in (Verdict.ACCEPTED, Verdict.REST):
+            self._pending.drop(outcome.decision_id)  # it spoke of a road that was not taken
         if tried is None or tried.decision_id != outcome.decision_id:
             return
         if tried.arm == REST:
@@ -162,7 +174,7 @@ class Experience:
         cost = cost_steps(outcome)
         self.budget.settle(
             tried.expected_cost_passes,
-            max(0.0, cost) * self.step_passes if math.isfinite(cost) else self.check_passes,
+            max(0.0, cost) * self.step_passes if math.isfinite(cost) else outcome.passes,
             gained * self.step_passes if math.isfinite(gained) else 0.0,
         )
         met_id, happened = self._happened
@@ -172,7 +184,8 @@ class Experience:
                 step=outcome.base_step,
                 forecast=tried.loss_forecast,
                 happened=happened,
-                coefficient_scale=scale_of(outcome, correction_share=self._correction_share),
+                coefficient_scale=tried.coefficient_scale
+                * scale_of(outcome, correction_share=self._correction_share),
             )
 
     def _note(self, decision_id: str, **values: object) -> None:

@@ -7,7 +7,8 @@ noise 0.02 and 0.08 nats; 32 and 48 points, 16 steps ahead): the root beat a str
 12 cases (r.m.s. error 2 to 35 % lower) and its errors were 1.0 to 1.8 stated spreads; log(step)
 was better on power laws, worse on the exponential.
 `math.fsum` and `math.sqrt` are correctly rounded everywhere, numpy's sums are not: a recording
-must replay to the same bytes on another machine, so this is plain Python.
+must replay to the same bytes on another machine, so this is plain Python (the learned policy adds
+torch, whose last bits depend on the CPU).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any
 from common.errors import CheckpointError
 from common.messages import Forecast, Observation, Outcome, Phase, PhaseDecision, Verdict
 from common.settings import RunSettings
-from predictor_node.arms import arms_of
+from predictor_node.arms import HEAD, Arm, arms_of
 from predictor_node.bandit import REST
 from predictor_node.calibration import allowed_horizon_steps
 from predictor_node.context import context_of
@@ -91,16 +91,15 @@ class LearnedPolicy:
             return self._rest(point, curve, "no jump is expected to pay", context)
         imagined = chosen.imagined
         refusal = self.experience.refusal(imagined.refusal if imagined else None)
-        cost_passes = self.experience.affordable_cost(choice.arm, refusal=refusal, mean_reward=choice.mean)
+        cost_passes = self.experience.affordable_cost(
+            choice.arm,
+            refusal=refusal,
+            mean_reward=choice.mean,
+            chunks=self._chunks(chosen.arm.horizon_steps),
+        )
         if cost_passes is None:
             return self._rest(point, curve, "the budget for trying is spent", context)
-        decision = self._propose(point, curve, context, chosen, refusal)
-        forecast = decision.forecast
-        assert forecast is not None
-        slope_nats = -curve.slope_at(point.observation.step)
-        self.experience.tried(
-            Tried(decision.decision_id, choice.arm, context, forecast.loss, slope_nats, cost_passes)
-        )
+        decision = self._propose(point, curve, context, chosen, refusal, cost_passes)
         self.ticks.jumped(chosen.action())
         self._rests_in_a_row, self._proposals_in_a_row = 0, self._proposals_in_a_row + 1
         return decision
@@ -108,17 +107,17 @@ class LearnedPolicy:
     def follow(self, point: DecisionInput, decision: PhaseDecision) -> None:
         """Take a decision that somebody else made for our own, to learn from what became of it."""
         self._rests_in_a_row = 0 if decision.horizon_steps else self._rests_in_a_row + 1
-        arm = next((arm for arm in self._arms if arm.name == decision.arm), None)
-        forecast = decision.forecast
-        if not decision.horizon_steps or arm is None or forecast is None:
+        if not decision.horizon_steps or basis_reason(point):
             return
-        curve = self._curve(point)
-        if curve is None or basis_reason(point):
-            return
-        context = self._context(point, curve)
-        slope_nats = -curve.slope_at(point.observation.step)
-        self.experience.tried(Tried(decision.decision_id, arm.name, context, forecast.loss, slope_nats, 0.0))
+        windows = decision.horizon_steps / self._settings.trainer.window_steps
+        named = {arm.name: arm for arm in self._arms}
+        arm = named.get(decision.arm, Arm(decision.arm, HEAD, decision.horizon_steps, windows))
         self.ticks.jumped(followed(decision, arm, point).action())
+        curve, forecast = self._curve(point), decision.forecast
+        if decision.arm in named and curve is not None and forecast is not None:
+            slope_nats = -curve.slope_at(point.observation.step)
+            context = self._context(point, curve)
+            self.experience.tried(Tried(decision.decision_id, arm.name, context, forecast.loss, slope_nats))
 
     def _curve(self, point: DecisionInput) -> LossCurve | None:
         count = min(FITTED_WINDOWS * self._settings.trainer.window_steps, MAX_FITTED_STEPS)
@@ -169,34 +168,50 @@ class LearnedPolicy:
         context: tuple[float, ...],
         chosen: Proposal,
         refusal: float,
+        cost_passes: float,
     ) -> PhaseDecision:
-        predictor, arm = self._settings.predictor, chosen.arm
-        end_step = point.observation.step + self._settings.trainer.probation_steps
+        predictor, arm, step = self._settings.predictor, chosen.arm, point.observation.step
         base = self._without_jump(curve, point)
         assert base is not None
-        change = chosen.imagined.change_by_jump if chosen.imagined else 0.0
-        advice = self.experience.residuals.advise(context, step=end_step, forecast=base.loss_without + change)
+        raw_loss = base.loss_without + (chosen.imagined.change_by_jump if chosen.imagined else 0.0)
+        advice = self.experience.residuals.advise(context, step=step, forecast=raw_loss)
+        chosen.scale(advice.coefficient_scale, self._temper.trust_norm)
         forecast = Forecast(
             loss=advice.loss,
             loss_without=base.loss_without,
             spread=base.spread * self.experience.spread_factor(arm.horizon_steps),
             refusal=refusal,
         )
-        chunk_steps = predictor.chunk_steps
         decision = make_decision(
             point,
             phase=Phase.PREDICT,
             horizon_steps=arm.horizon_steps,
-            coefficients=chosen.scaled(advice.coefficient_scale),
+            coefficients=chosen.coefficients(),
             forecast=forecast,
             reason=f"{arm.name}, the best of {len(self._arms)} arms here",
             arm=arm.name,
             forecaster=chosen.forecaster,
             correction_share=predictor.correction_share,
-            chunks=min(MAX_CHUNKS, math.ceil(arm.horizon_steps / chunk_steps)) if chunk_steps else 1,
+            chunks=self._chunks(arm.horizon_steps),
         )
-        self.experience.decided(decision, raw_spread=base.spread)
+        slope_nats = -curve.slope_at(step)
+        self.experience.decided(decision, raw_spread=base.spread, slope_nats=slope_nats)
+        self.experience.tried(
+            Tried(
+                decision.decision_id,
+                arm.name,
+                context,
+                raw_loss,
+                slope_nats,
+                expected_cost_passes=cost_passes,
+                coefficient_scale=advice.coefficient_scale,
+            )
+        )
         return decision
+
+    def _chunks(self, horizon_steps: int) -> int:
+        chunk_steps = self._settings.predictor.chunk_steps
+        return min(MAX_CHUNKS, math.ceil(horizon_steps / chunk_steps)) if chunk_steps else 1
 
     def _rest(
         self,
@@ -217,9 +232,10 @@ class LearnedPolicy:
             arm=REST,
             next_window_steps=trainer.window_steps * longer if longer > 1 else 0,
         )
-        self.experience.decided(decision, raw_spread=raw.spread if raw else 0.0)
+        slope_nats = -curve.slope_at(point.observation.step) if curve else 0.0
+        self.experience.decided(decision, raw_spread=raw.spread if raw else 0.0, slope_nats=slope_nats)
         if context is not None:
-            self.experience.tried(Tried(decision.decision_id, REST, context, math.nan, 0.0, 0.0))
+            self.experience.tried(Tried(decision.decision_id, REST, context, math.nan, slope_nats))
         return decision
 
     def _without_jump(self, curve: LossCurve | None, point: DecisionInput) -> Forecast | None:
@@ -240,7 +256,6 @@ class LearnedPolicy:
     def settle(self, outcome: Outcome) -> None:
         for tick in self.ticks.settled(refused=ON_PROBATION.get(outcome.verdict)):
             self.models.record(tick)
-        self.models.settle(outcome)
         self.experience.settle(outcome)
 
     def state(self) -> PolicyState:

@@ -1,10 +1,11 @@
 """The learned parts that know how the run moves: world model, delta head, per-weight forecaster.
 
-Owns when they learn: the work of learning is counted in floating-point operations and may be at most
-`predictor.learn_share` of the trainer's, so a small job gets a small predictor and none slows down: where
-that would not pay for MIN_UPDATES in the whole run, the world model sleeps unless it was fitted before. What
-the trainer does in a step is taken as 6 x weights x units (forward 2, backward 4; Kaplan et al. 2020,
-arXiv 2001.08361, eq. 2.2), which is too little for convolutions: then less is learned. Decides nothing.
+Owns when they learn: the world model's work of learning is counted in floating-point operations and may be
+at most `predictor.learn_share` of the trainer's, so a small job gets a small predictor and none slows down:
+where that would not pay for MIN_UPDATES in the whole run, the world model sleeps unless it was fitted
+before. What the trainer does in a step is taken as 6 x weights x units (forward 2, backward 4; Kaplan et
+al. 2020, arXiv 2001.08361, eq. 2.2), which is too little for convolutions: then less is learned. Decides
+nothing.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from safetensors.numpy import load, save
 
 from common import features
 from common.errors import CheckpointError
-from common.messages import DecisionPoint, Observation, Outcome, Verdict
+from common.messages import DecisionPoint, Observation
 from common.schedule import rate_factor
 from common.settings import RunSettings
-from predictor_node.delta_head import REFUSED_WEIGHT, DeltaHead, HeadInput, TrustRegion
+from predictor_node.delta_head import DeltaHead, HeadInput, TrustRegion
 from predictor_node.episodes import NUM_ACTIONS, Tick
 from predictor_node.phi import PhiLearner, PhiShape
 from predictor_node.phi_runs import WindowSample, window_sample
@@ -70,7 +71,6 @@ class Models:
         self._is_warm = False
         self.is_awake = False
         self._jumps_seen = 0
-        self._was_refused = False
 
     # ---- learning ----------------------------------------------------------------------------
 
@@ -103,9 +103,7 @@ class Models:
             self.world.observe_latest()
 
     def window_ended(self, observation: Observation, point: DecisionPoint) -> None:
-        weight = REFUSED_WEIGHT if self._was_refused else 1.0
-        self.head.observe(self._head_input(point), weight=weight)
-        self._was_refused = False
+        self.head.observe(self._head_input(point))
         if self.phi is None:
             return
         sample = window_sample(
@@ -118,9 +116,6 @@ class Models:
         if sample is not None:
             self.phi.observe(sample)
             self.samples.append(sample)
-
-    def settle(self, outcome: Outcome) -> None:
-        self._was_refused = outcome.verdict in (Verdict.REFUSED, Verdict.RUINED)
 
     def fit(self, runs: Sequence[Sequence[WindowSample]], updates: int) -> str:
         """Offline: many updates on what was recorded, whatever they cost. Returns a line about it."""
@@ -173,14 +168,13 @@ class Models:
 
     def new_run(self, *, is_warm: bool) -> None:
         """What was learned stays; where the former run stood does not. A warm model never sleeps."""
-        self._credit_flops, self._was_refused, self._is_warm = 0.0, False, is_warm
+        self._credit_flops, self._is_warm = 0.0, is_warm
 
     def values(self) -> dict[str, Any]:
         return {
             "credit_flops": self._credit_flops,
             "jumps_seen": self._jumps_seen,
             "is_warm": self._is_warm,
-            "was_refused": self._was_refused,
         }
 
     def tensors(self) -> bytes:
@@ -195,7 +189,6 @@ class Models:
             parts = {name: part.tobytes() for name, part in load(tensors).items()}
             self._jumps_seen, self._is_warm = int(values["jumps_seen"]), bool(values["is_warm"])
             self._credit_flops = float(values["credit_flops"])
-            self._was_refused = bool(values["was_refused"])
             self.world = WorldModel.from_bytes(parts["world"], self.world.sizes.directions)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"damaged models: {error!r}") from None

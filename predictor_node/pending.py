@@ -14,7 +14,7 @@ from common.errors import CheckpointError
 from common.messages import Observation
 from predictor_node.history import History
 
-AVERAGED_STEPS = 8
+AVERAGED_STEPS = 8  # at most; never more than the probation has
 LIMIT = 64  # a decision point adds one, its step is a probation away: a few at most are ever open
 
 
@@ -26,6 +26,7 @@ class Pending:
     key: str  # of the calibration
     forecast: float  # nats
     spread: float  # nats
+    averaged_steps: int  # that what happened is the mean of
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +48,17 @@ class PendingForecasts:
         if not due:
             return []
         self._open = [p for p in self._open if p not in due]
-        losses = [row.loss for row in history.fitted_rows(AVERAGED_STEPS)]
-        happened = math.fsum(losses) / len(losses) if losses else math.nan
-        return [
-            Met(p, happened)
-            for p in due
-            if p.end_step == observation.step and p.attempt == observation.attempt and math.isfinite(happened)
-        ]
+        met = []
+        for p in due:
+            losses = [row.loss for row in history.fitted_rows(p.averaged_steps)]
+            happened = math.fsum(losses) / len(losses) if losses else math.nan
+            is_there = p.end_step == observation.step and p.attempt == observation.attempt
+            if is_there and math.isfinite(happened):
+                met.append(Met(p, happened))
+        return met
+
+    def drop(self, decision_id: str) -> None:
+        self._open = [pending for pending in self._open if pending.decision_id != decision_id]
 
     def state(self) -> list[dict[str, object]]:
         return [asdict(pending) for pending in self._open]

@@ -48,9 +48,15 @@ class Proposal:
     forecaster: bytes = b""
     imagined: Imagined | None = None
 
-    def scaled(self, factor: float) -> tuple[float, ...]:
-        """(G*K) coefficients for the message."""
-        return tuple((self.coefficients_GK * factor).reshape(-1).tolist())
+    def scale(self, factor: float, trust_norm: float) -> None:
+        """Multiply the coefficients, within the trust region."""
+        self.coefficients_GK = self.coefficients_GK * factor
+        self.relative_norm *= factor
+        _shorten(self, trust_norm)
+
+    def coefficients(self) -> tuple[float, ...]:
+        """(G*K) for the message."""
+        return tuple(self.coefficients_GK.reshape(-1).tolist())
 
     def action(self) -> tuple[float, ...]:
         """See episodes.ACTION_NAMES."""
@@ -70,7 +76,7 @@ def proposals_for(
     """
     proposals = []
     for arm in arms:
-        if arm.kind == HEAD and arm.horizon_steps > limit_steps:
+        if arm.horizon_steps > limit_steps:
             continue
         proposal = _proposal(arm, point, source)
         if proposal is not None:
@@ -88,7 +94,7 @@ def _proposal(arm: Arm, point: DecisionInput, source: DeltaSource) -> Proposal |
         direction = "slow_drift" if arm.kind == SLOW else "pull_back"
         if direction not in point.directions:
             return None
-        coefficients_GK[:, point.directions.index(direction)] = arm.share
+        coefficients_GK[:, point.directions.index(direction)] = arm.share * _per_window(arm, point)
     elif arm.kind == FORECASTER:
         forecaster = source.forecaster(arm.horizon_steps)
     else:
@@ -97,6 +103,13 @@ def _proposal(arm: Arm, point: DecisionInput, source: DeltaSource) -> Proposal |
     if not math.isfinite(norm) or (norm == 0.0 and not forecaster):
         return None
     return Proposal(arm, coefficients_GK, norm, arm.horizon_windows, forecaster)
+
+
+def _per_window(arm: Arm, point: DecisionInput) -> float:
+    """A drift that a stretched window made counts as one of the usual length."""
+    if arm.kind != SLOW or not point.point.window_steps:
+        return 1.0
+    return arm.horizon_steps / arm.share / point.point.window_steps
 
 
 def followed(decision: PhaseDecision, arm: Arm, point: DecisionInput) -> Proposal:

@@ -1,7 +1,8 @@
 """What a jump was worth: the reward of an Outcome, and what it gained and cost in real steps.
 
     slope  = max(slope without the jump, loss_spread / probation_steps)        nats per step
-    gained = (loss_forecast - loss_end) / slope                                steps
+    level  = min(loss_forecast, loss_before - probation_steps * slope without the jump)
+    gained = (level - loss_end) / slope                                        steps
     cost   = (waiting + snapshot + jump + check + restore + lost seconds) / full_step_seconds
     reward = tanh((gained - cost) / cycle_steps)        accepted
            = -1                                         refused or ruined
@@ -10,9 +11,11 @@
 To first order the argument of tanh is the progress per second of the whole cycle over that of a cycle
 of FULL steps, minus 1: a cycle of C steps takes the time of C + cost and brings the progress of
 C + gained. tanh is odd, so noise in the loss, which goes both ways, earns nothing.
-The spread of the forecast is that of its slope times the probation, so a slope below it cannot be
-told from none; as a floor it keeps the noise of `gained` within the probation's length. Nothing
-depends on the unit of the loss. In lockstep seconds are forward-equivalents, and so is the rate.
+The judge's forecast takes a trend that is not significant for none (trainer_node/verify.py), which is fair
+to a jump on trial; for the reward it would book ordinary progress as the jump's, hence `level`. A slope
+that is below the forecast's spread over the probation cannot be told from none; as a floor it keeps the
+noise of `gained` within the probation's length. Nothing depends on the unit of the loss. In lockstep
+seconds are forward-equivalents, and so is the rate.
 """
 
 from __future__ import annotations
@@ -48,7 +51,11 @@ def gained_steps(
     """
     if outcome.verdict is not Verdict.ACCEPTED:
         return 0.0
-    gain_nats = outcome.loss_forecast - outcome.loss_end
+    progress_nats = outcome.probation_steps * max(0.0, slope_nats)
+    level_nats = min(outcome.loss_forecast, outcome.loss_before - progress_nats)
+    gain_nats = level_nats - outcome.loss_end
+    if not math.isfinite(outcome.loss_before):
+        return math.nan
     if not math.isfinite(gain_nats) or not math.isfinite(slope_nats) or math.isnan(outcome.loss_spread):
         return math.nan
     if math.isinf(outcome.loss_spread):

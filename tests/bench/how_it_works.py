@@ -186,18 +186,21 @@ def draw_budget(axes: Axes, seen: Seen) -> None:
     for name, colour in (("net_passes", INK), ("expected_passes", PLAIN)):
         values = [b[name] for _, b in seen.budget]
         axes.step(steps, values, where="post", color=colour, label=name.replace("_passes", " cost"))
+    former = 0.0
     for jump in seen.jumps:
         net = next(b["net_passes"] for step, b in reversed(seen.budget) if step <= jump.base_step)
         reward = seen.rewards.get(jump.decision_id, 0.0)
+        kept = jump.verdict is Verdict.ACCEPTED
         axes.plot(jump.base_step, net, "o", color=COLOURS[jump.verdict])
         axes.annotate(
             f"{seen.arm_of(jump)} {reward:+.2f}",
             (jump.base_step, net),
-            xytext=(-6, 3) if jump.verdict is Verdict.ACCEPTED else (5, 5),
+            xytext=(-6 if kept else 5, 4 if net >= former else -11),
             textcoords="offset points",
-            ha="right" if jump.verdict is Verdict.ACCEPTED else "left",
+            ha="right" if kept and net >= former else "left",
             fontsize=7.5,
         )
+        former = net
     last_jump = max((jump.base_step for jump in seen.jumps), default=0)
     axes.set(xlabel="real step", ylabel="forward-equivalents", xlim=(0, last_jump + 110))
     axes.set_ylim(top=1.35 * factor * max(allowance))

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import CheckpointError
-from predictor_node.delta_head import REFUSED_WEIGHT, DeltaHead, HeadInput, TrustRegion
+from predictor_node.delta_head import DeltaHead, HeadInput, TrustRegion
 
 G, K, D = 3, 4, 5
 WIDE = TrustRegion(bound_K=(16.0, 2.0, 2.0, 1.0), norm_share=100.0)
@@ -86,13 +86,27 @@ def test_coefficients_grow_with_the_horizon_and_the_pull_back_is_never_passed():
     np.testing.assert_allclose(half, one / 2)
 
 
-def test_windows_of_another_length_teach_the_same_coefficients_per_window():
+def test_windows_of_another_length_teach_the_same_velocity():
+    """At constant velocity half a window moves half as far along drifts that are half as long."""
+    per_half_window = np.array([0.5, 1.0, 1.0, 0.5])  # momentum, drift, slow drift, pull-back
     learner, twin = head(trust=WIDE), head(trust=WIDE)
+    learner.observe(point(window_steps=8))
+    twin.observe(point(window_steps=16))
     for window in range(20):
-        learner.observe(point(PLANTED / 2, seed=window, window_steps=8))
+        learner.observe(point(PLANTED * per_half_window, seed=window, window_steps=8))
         twin.observe(point(PLANTED, seed=window, window_steps=16))
     left, right = (h.propose(point(), horizon_steps=16).coefficients_GK for h in (learner, twin))
     np.testing.assert_allclose(left, right)
+
+
+def test_a_drift_that_a_stretched_window_made_gets_that_much_less_of_a_coefficient():
+    learner = taught(PLANTED)
+    usual, stretched = (
+        learner.propose(point(seed=39, window_steps=steps), horizon_steps=16).coefficients_GK
+        for steps in (16, 128)
+    )
+    np.testing.assert_allclose(stretched[:, 1:3], usual[:, 1:3] / 8)
+    np.testing.assert_allclose(stretched[:, [0, 3]], usual[:, [0, 3]])
 
 
 def test_a_refused_window_teaches_less_and_an_unexplained_one_nothing():
@@ -103,7 +117,7 @@ def test_a_refused_window_teaches_less_and_an_unexplained_one_nothing():
         return learner._state["mean_GK"]
 
     before = taught(PLANTED, windows=20, noise=0.0)._state["mean_GK"]
-    kept, refused, blind = after_one(), after_one(weight=REFUSED_WEIGHT), after_one(unexplained=1.0)
+    kept, refused, blind = after_one(), after_one(weight=0.25), after_one(unexplained=1.0)
     moved_by_kept, moved_by_refused = np.abs(kept - before), np.abs(refused - before)
     assert (moved_by_refused < 0.5 * moved_by_kept + 1e-12).all()
     assert moved_by_refused.any()

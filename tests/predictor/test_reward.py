@@ -37,7 +37,7 @@ def outcome(verdict: Verdict = Verdict.ACCEPTED, **changes: float) -> Outcome:
         base_step=100,
         attempt=0,
         horizon_steps=10,
-        loss_before=2.1,
+        loss_before=2.16,  # falls by 0.01 a step without the jump
         loss_after=2.2,
         loss_end=2.0,
         loss_forecast=2.0,
@@ -95,7 +95,14 @@ def test_a_decision_that_was_not_tried_to_the_end_says_nothing(verdict: Verdict)
     assert gained_steps(outcome(verdict), slope_nats=0.01, cycle_steps=CYCLE) == 0.0
 
 
-@pytest.mark.parametrize("missing", ["loss_end", "loss_forecast", "loss_spread"])
+def test_progress_that_the_run_would_have_made_anyway_is_not_the_jumps() -> None:
+    """The judge saw no significant trend, so its forecast is the loss before; the curve falls all the same."""
+    settled = outcome(loss_before=2.16, loss_forecast=2.16, loss_end=2.0)
+    assert gained_steps(settled, slope_nats=0.01, cycle_steps=CYCLE) == pytest.approx(0.0, abs=1e-9)
+    assert reward(settled) < 0.0
+
+
+@pytest.mark.parametrize("missing", ["loss_before", "loss_end", "loss_forecast", "loss_spread"])
 def test_what_was_not_measured_says_nothing(missing: str) -> None:
     assert reward_of(outcome(**{missing: NAN}), slope_nats=0.01, cycle_steps=CYCLE) is None
     assert reward_of(outcome(full_step_seconds=0.0), slope_nats=0.01, cycle_steps=CYCLE) is None
@@ -128,7 +135,13 @@ def test_never_rises_with_any_cost(forecast, end, slope, seconds, name, more) ->
 @given(LOSS, LOSS, st.floats(0.0, 1.0), st.floats(-0.1, 0.1), st.sampled_from([2.0**-10, 8.0, 2.0**20]))
 def test_the_unit_of_the_loss_does_not_matter(forecast, end, spread, slope, unit) -> None:
     settled = outcome(loss_forecast=forecast, loss_end=end, loss_spread=spread)
-    scaled = replace(settled, loss_forecast=unit * forecast, loss_end=unit * end, loss_spread=unit * spread)
+    scaled = replace(
+        settled,
+        loss_before=unit * settled.loss_before,
+        loss_forecast=unit * forecast,
+        loss_end=unit * end,
+        loss_spread=unit * spread,
+    )
     assert reward(scaled, unit * slope) == pytest.approx(reward(settled, slope), abs=1e-12)
 
 
