@@ -245,6 +245,7 @@ def list_settings() -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Default: races/<task>.<rule>.")
 @click.option("--data", metavar="PATH", help="Text to learn from.")
 @click.option("--quick", is_flag=True, help="A smoke race: three arms, two seeds, short runs.")
+@click.option("--coarse", is_flag=True, help="Lengths 10 % apart: a third of the runs, wider intervals.")
 @click.option("--audit", is_flag=True, help="Judge the guard by the road not taken, instead of racing.")
 @click.option("--fitted-on", type=int, metavar="N", help="First fit the predictor on N earlier runs.")
 @click.option("--evidence", is_flag=True, help="Write docs/evidence/<task>.<rule>.json at the end.")

@@ -96,7 +96,7 @@ def test_a_decision_that_was_not_tried_to_the_end_says_nothing(verdict: Verdict)
 
 
 def test_progress_that_the_run_would_have_made_anyway_is_not_the_jumps() -> None:
-    """The judge saw no significant trend, so its forecast is the loss before; the curve falls all the same."""
+    """The judge saw no significant trend, so its forecast is the loss before; the curve falls anyway."""
     settled = outcome(loss_before=2.16, loss_forecast=2.16, loss_end=2.0)
     assert gained_steps(settled, slope_nats=0.01, cycle_steps=CYCLE) == pytest.approx(0.0, abs=1e-9)
     assert reward(settled) < 0.0

@@ -16,7 +16,15 @@ import common
 from common.config import dump_settings
 from common.errors import SettingsError
 from trainer_node.race.arms import with_settings
-from trainer_node.race.plan import MAX_SEEDS, QUICK_ARMS, QUICK_RATIO, QUICK_SHARE, RacePlan, chosen_arms
+from trainer_node.race.plan import (
+    COARSE_RATIO,
+    MAX_SEEDS,
+    QUICK_ARMS,
+    QUICK_RATIO,
+    QUICK_SHARE,
+    RacePlan,
+    chosen_arms,
+)
 from trainer_node.race.tasks import race_settings
 
 RACES_DIR = Path("races")
@@ -41,6 +49,7 @@ class RaceOptions:
     out: Path | None = None
     data: str | None = None
     quick: bool = False
+    coarse: bool = False
     audit: bool = False
     fitted_on: int | None = None
     evidence: bool = False
@@ -78,7 +87,9 @@ def plan_of(options: RaceOptions) -> RacePlan:
             base, [("trainer.steps", steps), ("trainer.schedule.warmup_steps", warmup_steps)]
         )
         arms = arms or (QUICK_ARMS if options.race_rule != "constant" else ())
-    quick = {"lattice_ratio": QUICK_RATIO, "bracket": 1} if options.quick else {}
+    lattice: dict[str, Any] = {}
+    if options.quick or options.coarse:
+        lattice = {"lattice_ratio": QUICK_RATIO if options.quick else COARSE_RATIO, "bracket": 1}
     return RacePlan(
         task=options.task,
         rule=options.race_rule,
@@ -86,7 +97,7 @@ def plan_of(options: RaceOptions) -> RacePlan:
         arms=chosen_arms(options.race_rule, arms),
         seeds=tuple(range(options.seeds or (QUICK_SEEDS if options.quick else DEFAULT_SEEDS))),
         trials=options.trials or (QUICK_TRIALS if options.quick else DEFAULT_TRIALS),
-        **quick,
+        **lattice,
     )
 
 

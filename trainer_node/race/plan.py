@@ -20,6 +20,9 @@ EARLIER_SEEDS = 2_000_000  # of the runs that a fitted predictor has seen
 MAX_SEEDS = 1_000
 QUICK_ARMS = ("adamw-decay", "ours-fixed", "ours")
 BRACKET = 7  # lattice steps around the crossing of the mean within which single seeds are placed
+COARSE_RATIO = (
+    1.1  # for small machines: a third of the runs; seeds more than 10 % off the mean count as misses
+)
 QUICK_RATIO = 1.25  # a coarse lattice: the same steps of the protocol with fewer lengths
 QUICK_SHARE = 4  # T0 of a quick race is this part of the task's steps
 
