@@ -39,7 +39,6 @@ _COLUMNS: dict[str, tuple[str, type]] = {  # name -> trailing shape, dtype
     "reference": ("", np.float64),
     "scale": ("", np.float64),
 }
-_GIVEN = ("features", "action", "drift", "loss", "refused")  # the others follow from these and is_first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,7 +138,7 @@ class Episodes:
         """Returns the tick's symlog features (F). The very first tick is a first one."""
         encoded_F = encode_features(tick.features)
         self._append(
-            is_first=tick.is_first or self.loss_scale.ticks == 0,
+            is_first=tick.is_first or self.appended == 0,
             features=encoded_F,
             loss=tick.loss,
             action=np.nan_to_num(tick.action),
@@ -147,14 +146,6 @@ class Episodes:
             refused=tick.refused,
         )
         return encoded_F
-
-    def extend(self, other: Episodes) -> None:
-        """Append another recorded run. Its oldest tick is a first one, and so is the one after its newest."""
-        for position, row in enumerate(other._rows(np.arange(len(other))).tolist()):
-            given = {name: other._columns[name][row] for name in _GIVEN}
-            is_first = position == 0 or bool(other._columns["is_first"][row])
-            self._append(is_first=is_first, **given)
-        self.loss_scale.ticks = 0
 
     def _append(self, *, is_first: bool, **given: object) -> None:
         row = self.appended % self.capacity
@@ -169,10 +160,6 @@ class Episodes:
     def newest(self, name: str) -> np.ndarray:
         """The newest tick's entry of one column."""
         return self._columns[name][(self.appended - 1) % self.capacity]
-
-    def encoded_features(self) -> np.ndarray:
-        """(ticks, F) float32 symlog features, oldest first."""
-        return self._columns["features"][self._rows(np.arange(len(self)))]
 
     def starts(self, uniform_2B: np.ndarray, length: int, jump_offset: int) -> np.ndarray:
         """(B) positions of windows, from uniform numbers in [0, 1). Needs `length` ticks.

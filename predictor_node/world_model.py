@@ -153,17 +153,6 @@ class WorldModel:
         means = {name: total / made for name, total in sums.items()}
         return LearnReport(num_updates=num_updates, skipped=skipped, losses=means)
 
-    def fit(self, episodes: Episodes, num_updates: int) -> LearnReport:
-        """Learn from another recorded run: its ticks are appended to the own ones, oldest dropped when full.
-
-        The live latent does not see them. Meant for before a run begins: the own next tick is a first one.
-        """
-        for encoded_F in episodes.encoded_features():
-            self.normaliser.update(encoded_F)
-        self.episodes.extend(episodes)
-        self.live, self.observed = self.rssm.initial(1), self.episodes.appended
-        return self.learn(num_updates)
-
     @torch.inference_mode()
     def imagine(self, actions_NTA: np.ndarray) -> tuple[ArmForecast, ...]:
         """One forecast per arm for the end of its T actions, all arms in one batch, from the live latent.

@@ -139,14 +139,6 @@ def test_windows_lie_inside_and_every_second_one_shows_a_jump_where_a_rollout_be
     assert (jumped == 1.0).all()
 
 
-def test_an_appended_run_begins_anew_and_so_does_what_follows_it() -> None:
-    episodes, other = filled(10), filled(5)
-    episodes.extend(other)
-    episodes.append(tick(1.0))
-    first = episodes.windows(np.array([0]), 16)["is_first"][:, 0]
-    assert np.flatnonzero(first).tolist() == [0, 10, 15]
-
-
 def test_saved_ticks_are_the_same_and_go_on_the_same() -> None:
     episodes = Episodes(32, NUM_FEATURES, NUM_DIRECTIONS)
     ticks = Oscillator(3).run(80)

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load, save
 
 from common.errors import CheckpointError
-from predictor_node.episodes import NUM_ACTIONS, Episodes, Tick
+from predictor_node.episodes import NUM_ACTIONS, Tick
 from predictor_node.world_model import ArmForecast, WorldModel, WorldModelSettings
-from tests.predictor.simulated_run import LEVEL, NUM_DIRECTIONS, NUM_FEATURES, Oscillator, jump
+from tests.predictor.simulated_run import NUM_DIRECTIONS, NUM_FEATURES, Oscillator, jump
 
 TICKS, UPDATES, AHEAD = 600, 100, 8
 SMALL = WorldModelSettings(batch=4, capacity_ticks=64)
@@ -266,21 +266,6 @@ def test_another_process_learns_the_same_bits() -> None:
         torch.set_num_threads(threads)
     there, _ = process.communicate()
     assert there.strip() == here
-
-
-def test_fitting_recorded_runs_teaches_and_the_next_tick_begins_anew() -> None:
-    recorded = Episodes(200, NUM_FEATURES, NUM_DIRECTIONS)
-    for tick in Oscillator(1).run(100):
-        recorded.append(tick)
-    model = new_model(0, WorldModelSettings(batch=4, capacity_ticks=256))
-    model.fit(recorded, 2)
-    report = model.fit(recorded, 2)
-    assert report.num_updates == 2
-    assert len(model.episodes) == 200
-    assert model.normaliser.count == 200
-    watch(model, Oscillator(2).run(2)[1:])
-    assert bool(model.episodes.newest("is_first"))
-    assert model.reference_loss == pytest.approx(LEVEL, abs=0.5)
 
 
 def damaged(content: bytes, how: str) -> bytes:
