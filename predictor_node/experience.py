@@ -58,7 +58,7 @@ class Experience:
             temper.exploration_share, planned_passes=self.step_passes * trainer.steps
         )
         self._pending = PendingForecasts()
-        self._averaged_steps = min(AVERAGED_STEPS, trainer.probation_steps)
+        self.averaged_steps = min(AVERAGED_STEPS, trainer.probation_steps)
         self._decisions: list[dict[str, Any]] = []
         self._tried: Tried | None = None
         self._happened: tuple[str, float] = ("", math.nan)  # the newest forecast that met its step
@@ -130,9 +130,9 @@ class Experience:
                 end_step=decision.base_step + self._trainer.probation_steps,
                 attempt=decision.base_attempt,
                 key=bucket_of(decision.horizon_steps),
-                forecast=forecast.loss + slope_nats * (self._averaged_steps - 1) / 2,
+                forecast=forecast.loss + slope_nats * (self.averaged_steps - 1) / 2,
                 spread=raw_spread,
-                averaged_steps=self._averaged_steps,
+                averaged_steps=self.averaged_steps,
             )
         )
         entry = {

@@ -47,6 +47,10 @@ class LossCurve:
         share = 1.0 / self.num_points + distance * distance / self.root_sum_squares
         return math.sqrt(self.residual_variance * share)
 
+    def spread_of_mean(self, step: float, num_steps: int) -> float:
+        """Of the mean loss of `num_steps` steps around there: that of the curve, and their own noise."""
+        return math.hypot(self.spread_at(step), math.sqrt(self.residual_variance / num_steps))
+
 
 def fit_loss_curve(rows: Sequence[Row]) -> LossCurve | None:
     """None with fewer than MIN_POINTS rows or a loss that is not finite."""

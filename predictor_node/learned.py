@@ -239,8 +239,12 @@ class LearnedPolicy:
         return decision
 
     def _without_jump(self, curve: LossCurve | None, point: DecisionInput) -> Forecast | None:
+        """The spread is that of what can be compared with it: a mean over the last steps."""
+        if curve is None:
+            return None
         end_step = point.observation.step + self._settings.trainer.probation_steps
-        return forecast_at(curve, end_step=end_step, gained_steps=0.0) if curve else None
+        spread = curve.spread_of_mean(end_step, self.experience.averaged_steps)
+        return replace(forecast_at(curve, end_step=end_step, gained_steps=0.0), spread=spread)
 
     def _longest_horizon(self, curve: LossCurve, point: DecisionInput) -> int:
         """Virtual steps; shorter while forecasts are off, and after many proposals in a row."""
