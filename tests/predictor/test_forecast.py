@@ -99,3 +99,11 @@ def test_no_curve_through_too_few_points() -> None:
     losses = {step: decay(step) for step in range(1, MIN_POINTS)}
     assert fit_loss_curve(rows_of(losses)) is None
     assert fit_loss_curve(rows_of({**losses, MIN_POINTS: 1.0})) is not None
+
+
+def test_the_mean_of_many_steps_is_known_as_well_as_the_curve_and_one_step_no_better_than_its_noise() -> None:
+    curve = fitted(dict(enumerate([3.0, 2.8, 2.9, 2.6, 2.7, 2.5, 2.55, 2.4], start=1)))
+    step = 12
+    assert curve.spread_of_mean(step, 10**12) == pytest.approx(curve.spread_at(step))
+    assert curve.spread_of_mean(step, 1) > math.sqrt(curve.residual_variance)
+    assert curve.spread_of_mean(step, 2) < curve.spread_of_mean(step, 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 import time
@@ -227,6 +228,13 @@ def _audit(options: RaceOptions, plan: RacePlan) -> int:
     lines = audit_task(settings, options.folder, seeds=seeds, task=plan.task, command=options.command)
     for line in lines:
         click.echo(line)
+    if options.evidence:
+        from trainer_node.race.evidence import FOLDER
+
+        kept = FOLDER / f"{plan.task}.audit.json"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(options.folder / "audit.json", kept)
+        click.echo(f"evidence  {kept}; render with python -m trainer_node.race.evidence", err=True)
     return 0
 
 
