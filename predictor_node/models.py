@@ -103,6 +103,8 @@ class Models:
             self.world.observe_latest()
 
     def window_ended(self, observation: Observation, point: DecisionPoint) -> None:
+        if not self._fits(point):
+            return  # the decision says why it rests
         self.head.observe(self._head_input(point))
         if self.phi is None:
             return
@@ -196,6 +198,12 @@ class Models:
             self.head.load(parts["head"])
         if self.phi is not None and "phi" in parts:
             self.phi.load(parts["phi"], same_run=same_run)
+
+    def _fits(self, point: DecisionPoint) -> bool:
+        table = self._num_groups * self.world.sizes.directions
+        sizes = len(point.gram), len(point.happened), len(point.parameter_norms), len(point.unexplained_share)
+        expected = table * self.world.sizes.directions, table, self._num_groups, self._num_groups
+        return sizes == expected and all(map(math.isfinite, point.gram))
 
     def _head_input(self, point: DecisionPoint) -> HeadInput:
         shape = (self._num_groups, self.world.sizes.directions)

@@ -19,7 +19,7 @@ from predictor_node.node import Predictor
 from predictor_node.state import MemoryStore, facts_of, files_of
 from predictor_node.tempers import TEMPERS
 from predictor_node.warm_start import read_warm_start, write_warm_start
-from tests.predictor.scripted import ScriptedTrainer, outcome, small_settings, started
+from tests.predictor.scripted import ScriptedTrainer, observed, outcome, point, small_settings, started
 
 LEARNED = 'predictor.policy="learned"'
 BOLD = 'predictor.temper="aggressive"'
@@ -225,3 +225,16 @@ def a_decision() -> PhaseDecision:
     assert len(DIRECTIONS) == line.decisions[0].num_directions
     assert math.isfinite(line.decisions[0].base_step)
     return line.decisions[0]
+
+
+def test_a_decision_point_of_another_shape_is_answered_with_a_rest_and_teaches_nothing() -> None:
+    settings = small_settings(LEARNED, BOLD, "predictor.rest_windows=0")
+    predictor = Predictor(MemoryStore())
+    line = Line(predictor)
+    line(started(settings))
+    for step in range(1, 80):
+        line(observed(step))
+    decision = line(observed(80, decision_point=dataclasses.replace(point(5), gram=(1.0, math.nan))))
+    assert decision is not None
+    assert decision.horizon_steps == 0
+    assert "Gram" in decision.reason
