@@ -1,7 +1,7 @@
 """Time as an argument. Nothing below `main` asks the operating system for the time.
 
-SystemClock is wall time; FakeClock is moved by tests. Durations that go into messages come from
-trainer_node/ledger.py, which counts work instead of seconds in lockstep runs.
+SystemClock is wall time, CoreClock that of the processor; FakeClock is moved by tests. Durations that go into
+messages come from trainer_node/ledger.py, which counts work instead of seconds in lockstep runs.
 """
 
 import time
@@ -29,6 +29,14 @@ class SystemClock:
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+
+class CoreClock(SystemClock):
+    """Seconds that this process has had a core: for one thread on an idle machine the same as wall time,
+    and on a shared one still what the work costs."""
+
+    def monotonic(self) -> float:
+        return time.process_time()
 
 
 class FakeClock:

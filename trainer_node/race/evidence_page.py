@@ -21,8 +21,9 @@ HEAD = """# Evidence
 Rendered from the files of `docs/evidence/` by `python -m trainer_node.race.evidence`; never typed, and a
 test fails when page and files differ. Each file is one race: `trainer-node race TASK` writes it.
 
-Speed is seconds of the reference / seconds of the arm until a held-out loss is reached, wall-clock, the
-predictor's time, checks and undone steps included; the median of the ratios of equal seeds, with its 95 %
+Speed is seconds of the reference / seconds of the arm until a held-out loss is reached: time of the one
+core that trainer and predictor share, which on an idle machine is wall-clock (on a GPU: wall-clock), the
+predictor's learning, checks and undone steps included; the median of the ratios of equal seeds, with its 95 %
 bootstrap interval. A run that never gets there is infinitely slow. Rules: `constant` (rates do not decay),
 `decayed` (every arm tuned and decayed, the target reached at the end of a planned run), `fitted` (the
 predictor has learned from earlier runs of the same job with other seeds)."""

@@ -44,7 +44,7 @@ class ArmFigures:
     lengths: tuple[int, ...]  # planned lengths that count
     crossings: Mapping[int, Crossing]  # by seed
     missing: tuple[str, ...]  # runs that are not there, in words
-    ratio: Ratio  # reference / arm in wall-clock seconds, predictor on the trainer's core: the headline
+    ratio: Ratio  # reference / arm in seconds, predictor on the trainer's core: the headline
     ratio_free_core: Ratio  # the same with the predictor on a spare core
     ratio_passes: Ratio
     final_quality_median: float  # held-out loss of what is handed out after T0 steps

@@ -164,7 +164,7 @@ def _protocol(figures: RaceFigures) -> list[tuple[str, str]]:
         ),
         (
             "time",
-            "wall-clock of trainer and predictor, one after the other on the same core, held-out readings"
+            "of the one core that trainer and predictor share (on a GPU: wall-clock), held-out readings"
             " not counted in any arm; report.json also has the predictor on a spare core",
         ),
         ("misses", "infinitely slow; seeds on which both arms missed are left out of the comparison"),

@@ -79,7 +79,7 @@ def draw_ratios(on: Canvas, figures: RaceFigures) -> bool:
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", color=RULE, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_xlabel(f"times as fast as {figures.race.reference_arm}, wall-clock to the target")
+    axes.set_xlabel(f"times as fast as {figures.race.reference_arm}, time to the target")
     axes.set_title(f"{figures.race.task}, {figures.race.rule}: median over seeds and 95 % interval")
     return True
 

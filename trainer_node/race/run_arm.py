@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from common import features
-from common.clock import Clock, SystemClock
+from common.clock import Clock, CoreClock, SystemClock
 from common.config import dump_settings
 from common.messages import Message
 from common.schedule import rate_factor
@@ -78,7 +78,7 @@ def run_task(
     clock: Clock | None = None,
 ) -> RunResult:
     """The same with a task that is ready. `settings` are those of arms.run_settings."""
-    arm, clock = arm_named(key.arm), clock or SystemClock()
+    arm, clock = arm_named(key.arm), clock or _clock_for(settings, task)
     share = CURVE_SHARES[arm.rule]
     every_steps = eval_every_steps or max(1, round(share * settings.trainer.steps))
     referee = Referee(task, settings.trainer, clock, every_steps=every_steps)
@@ -151,6 +151,12 @@ def train_plainly(
 
 
 # ---- ours ------------------------------------------------------------------------------------
+
+
+def _clock_for(settings: RunSettings, task: Task) -> Clock:
+    """Wall time; with one thread on a CPU the core's own, which other work on the machine cannot lengthen."""
+    alone = task.device.type == "cpu" and settings.trainer.threads == 1
+    return CoreClock() if alone else SystemClock()
 
 
 def _run_ours(

@@ -43,8 +43,8 @@ class CurvePoint:
     steps: int  # real steps kept
     passes: float  # forward-equivalents: step 3, check 1; undone steps included
     backward_passes: float  # micro-batches whose backward ran, undone ones included
-    trainer_seconds: float  # wall
-    predictor_seconds: float  # wall, learning included; 0 for arms without predictor
+    trainer_seconds: float  # wall, or of the core where one thread has it alone (run_arm.py)
+    predictor_seconds: float  # the same, learning included; 0 for arms without predictor
     loss: float  # held-out, of the weights as they are
     read_loss: float  # held-out, of what the arm would hand out if it ended here (averaged, ...)
 

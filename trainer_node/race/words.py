@@ -64,7 +64,7 @@ def headline(figures: RaceFigures) -> str:
         first = f"This race on {race.task} has no finished arm of ours"
     else:
         first = f"On {race.task}, " + comparison(arm.arm, race.reference_arm, arm.ratio)
-    first += f". The target is a held-out loss of {race.target:.4g}, time is wall-clock"
+    first += f". The target is a held-out loss of {race.target:.4g}, time is that of the core"
     first += ", the predictor's included." if arm else "."
     best = fastest(figures)
     if best and (arm is None or best.arm != arm.arm):
