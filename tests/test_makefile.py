@@ -103,7 +103,10 @@ def test_every_direct_requirement_is_pinned_to_a_version_it_allows() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    for text in [
+        *project["dependencies"],
+        *(text for extra in project["optional-dependencies"].values() for text in extra),
+    ]:
         requirement = Requirement(text)
         assert requirement.name.lower() in pins, f"{requirement.name} is not in constraints.txt"
         assert requirement.specifier.contains(pins[requirement.name.lower()])

@@ -28,7 +28,7 @@ from trainer_node.race.race import race
 from trainer_node.race.results import FILE_NAME, read_results
 from trainer_node.race.run_result import RunKey
 from trainer_node.race.show import RaceDisplay, list_lines
-from trainer_node.race.tasks import TASKS
+from trainer_node.race.tasks import TASKS, race_settings
 from trainer_node.race.waves import Wave
 
 Cli = Callable[..., tuple[int, str]]
@@ -242,7 +242,8 @@ def test_an_audit_is_of_our_arm_and_says_each_line(
     monkeypatch.setattr("trainer_node.race.audit.audit_task", audit_task)
     assert race(fake_options(tmp_path, audit=True, seeds=4, command="again")) == 0
     assert capsys.readouterr().out == "all is well\n"
+    quick_steps = race_settings("digits").trainer.steps // 4
     assert seen == {
-        "policy": "learned", "steps": 100, "out": tmp_path, "seeds": (0, 1, 2, 3),
+        "policy": "learned", "steps": quick_steps, "out": tmp_path, "seeds": (0, 1, 2, 3),
         "task": "digits", "command": "again",
     }  # fmt: skip

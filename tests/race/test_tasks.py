@@ -24,7 +24,7 @@ def test_cpu_tasks_are_deterministic_and_use_one_thread(task: str) -> None:
     trainer = settings_of(task).trainer
     assert (trainer.threads, trainer.decision_mode, trainer.optimizer.name) == (1, "lockstep", "adamw")
     assert trainer.schedule.name in ("wsd", "linear")
-    assert 0.05 <= trainer.schedule.warmup_steps / trainer.steps <= 0.12
+    assert 0.05 <= trainer.schedule.warmup_steps / trainer.steps <= 0.15
     # Room for jumps between warm-up and the decay tail.
     stable = trainer.steps * (1 - trainer.schedule.decay_share) - trainer.statistics_steps
     assert stable > 3 * (trainer.window_steps + trainer.probation_steps)

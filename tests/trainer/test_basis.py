@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from common.errors import SettingsError
-
 from tests.references import cosine_of, gram_of, happened_of
 from tests.trainer.small_job import (
     DRIFT,
