@@ -30,6 +30,7 @@ from trainer_node.race.machine import machine
 LOSS = features.INDEX["loss"]
 OVERRIDES = (
     "trainer.steps=600",
+    "trainer.seed=1",
     "trainer.model.width=128",
     "trainer.batch.sequences=256",
     "trainer.schedule.decay_share=0.2",
@@ -133,11 +134,10 @@ def draw_jumps(seen: Seen, settings: RunSettings, path: Path) -> None:
     figure, panels = pyplot.subplots(1, 3, figsize=(13.5, 4.6), layout="constrained")
     kept = [jump for jump in seen.jumps if jump.verdict is Verdict.ACCEPTED]
     undone = [jump for jump in seen.jumps if jump.verdict is Verdict.REFUSED]
-    if kept:
-        best = max(kept, key=lambda jump: seen.twins[jump.decision_id][-1] - jump.loss_end)
-        draw_jump(panels[0], seen, best, settings)
-    if undone:
-        draw_jump(panels[1], seen, undone[0], settings)
+    by_gain = sorted(kept, key=lambda jump: jump.loss_end - seen.twins[jump.decision_id][-1])
+    shown = [*by_gain[:1], *(undone[:1] or by_gain[1:][-1:])]
+    for axes, jump in zip(panels, shown, strict=False):
+        draw_jump(axes, seen, jump, settings)
     draw_budget(panels[2], seen)
     figure.savefig(path, dpi=100)
 
