@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,15 @@ def test_a_race_that_was_cut_off_and_taken_up_again_has_the_runs_of_one_that_was
     assert runs_of(tmp_path / "cut") == runs_of(tmp_path / "whole")
 
 
+@pytest.fixture
+def _ctrl_c_arrives() -> Iterator[None]:
+    """A shell lets its background jobs ignore Ctrl-C, and children inherit that."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("_ctrl_c_arrives")
 def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert race(fake_options(tmp_path / "whole"), runner=run_fake) == 0
     assert race(fake_options(tmp_path / "cut"), runner=run_and_interrupt) == 130

@@ -88,11 +88,12 @@ class RacePlan:
 
     @property
     def levels(self) -> int:
-        """1 + how deeply arms of this race wrap others: every arm spends `trials` times as many trials."""
+        """1 + how deeply arms of this race wrap others: so many times `trials` does a plain arm spend."""
         return 1 + max(len(_wrapped(arm.name)) for arm in self.tuned_arms)
 
     def own_trials(self, arm: Arm) -> int:
-        """Trials of the arm itself. With the first `trials` of each arm that it wraps: levels * trials."""
+        """Trials of the arm itself. A wrapping arm spends `trials` on its own settings, on top of the choice
+        of the arm that it wraps, which has spent as many more."""
         return self.trials * (self.levels - len(_wrapped(arm.name)))
 
     def eval_every_steps(self, purpose: str) -> int | None:

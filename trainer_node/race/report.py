@@ -21,6 +21,7 @@ from trainer_node.race.arms import ARMS
 from trainer_node.race.figures import ArmFigures, RaceFigures, race_figures
 from trainer_node.race.plan import RaceRecord
 from trainer_node.race.run_result import RunResult
+from trainer_node.race.timing import retimed
 from trainer_node.race.words import factor, headline, reservations
 
 REPORT_SCHEMA = 1
@@ -39,7 +40,7 @@ class Report:
 def write_report(out_dir: Path, race: RaceRecord, results: Iterable[RunResult]) -> Report:
     """Writes everything into `out_dir`, over what is there. Raises EnvironmentFault if it cannot."""
     read_mid_run = frozenset(arm for arm in race.arms if arm in ARMS and ARMS[arm].rule == "constant")
-    figures = race_figures(race, results, read_mid_run=read_mid_run)
+    figures = race_figures(race, retimed(results), read_mid_run=read_mid_run)
     text = table_text(figures)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ class RunKey:
     config: tuple[tuple[str, Any], ...]  # sorted (setting, value): what was tuned, and nothing else
     planned_steps: int
     seed: int
-    purpose: str  # "tune", "target", "race", "audit"
+    purpose: str  # "tune", "target", "race", "time", "audit"
 
     @property
     def config_hash(self) -> str:
@@ -32,8 +32,10 @@ class RunKey:
 
     @property
     def identity(self) -> str:
-        """Key of results.jsonl. The purpose is not part of it: a tuning run may serve in the race."""
-        return f"{self.task}/{self.arm}/{self.config_hash}/{self.planned_steps}/{self.seed}"
+        """Key of results.jsonl. A tuning run may serve in the race, so the purpose is not part of it; only a
+        run made to be timed is made for that alone."""
+        known = f"{self.task}/{self.arm}/{self.config_hash}/{self.planned_steps}/{self.seed}"
+        return known + ("/time" if self.purpose == "time" else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

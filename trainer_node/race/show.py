@@ -18,7 +18,7 @@ from trainer_node.race.tasks import NEEDS_DATA, TASKS
 from trainer_node.race.waves import Wave
 
 _LINE_SECONDS = 10.0
-_PHASES = {"earlier": "earlier runs", "tune": "tuning", "target": "target", "race": "race"}
+_PHASES = {"earlier": "earlier runs", "tune": "tuning", "target": "target", "race": "race", "time": "timing"}
 _MEANINGS = {
     "python": "a small GPT on the source of Python's own library",
     "text": "the same on a text of yours",

@@ -4,6 +4,7 @@
     target   the best plain arm with all seeds at T0: the target is its median end
     race     every arm at T0 with all seeds; decayed arms at the lengths that their search asks for,
              arms of constant rate once at the longest length, to be read while they go on
+    time     every arm once more at T0 with all seeds: only these runs are timed (timing.py)
 
 A wave is a list of runs that do not depend on each other, ordered by seed and then by arm: a slow drift
 of the machine hits all arms alike. Protocol: reference/speedup.md, section 3. Makes no runs.
@@ -28,7 +29,7 @@ LENGTHS_EXPECTED = 5  # visited by a search, as a guess for the time left
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wave:
-    phase: str  # "tune", "target", "race"
+    phase: str  # "tune", "target", "race", "time"
     keys: tuple[RunKey, ...]  # not there yet
 
 
@@ -47,6 +48,7 @@ class Standing:
             ("tune", self._tuning_keys(wrapping=True)),
             ("target", self._target_keys()),
             ("race", self._race_keys()),
+            ("time", self._timing_keys()),
         ):
             missing = tuple({key.identity: key for key in keys if not self._is_known(key)}.values())
             if missing:
@@ -54,13 +56,12 @@ class Standing:
                 return Wave(phase=phase, keys=tuple(sorted(missing, key=lambda k: _turn(k, order))))
         return None
 
-    def tuned(self, arm: Arm, first: int | None = None) -> Config | None:
-        """The best config of the arm's trials (of the first so many); None while some are missing."""
+    def tuned(self, arm: Arm) -> Config | None:
+        """The best config of the arm's trials; None while some are missing."""
         inner = self._inner(arm)
         if inner is None:
             return None
-        count = self.plan.own_trials(arm) if first is None else first
-        keys = [self._tuning_key(arm, trial, inner) for trial in range(count)]
+        keys = [self._tuning_key(arm, trial, inner) for trial in range(self.plan.own_trials(arm))]
         if not all(map(self._is_known, keys)):
             return None
         return min(keys, key=self._final_loss).config  # the first of equals
@@ -130,8 +131,17 @@ class Standing:
         return keys
 
     def _inner(self, arm: Arm) -> Config | None:
-        """The settings that a wrapping arm takes over; () for the others."""
-        return self.tuned(ARMS[arm.wraps], first=self.plan.trials) if arm.wraps else ()
+        """The settings that a wrapping arm takes over, so that it differs from the plain one in nothing
+        else; () for the others."""
+        return self.tuned(ARMS[arm.wraps]) if arm.wraps else ()
+
+    def _timing_keys(self) -> list[RunKey]:
+        keys = []
+        for name in self.plan.arms:
+            config = self.tuned(ARMS[name])
+            if config is not None:
+                keys += self._seed_keys(ARMS[name], config, self.plan.base_steps, "time")
+        return keys
 
     def _target_keys(self) -> list[RunKey]:
         arm = self.reference_arm()
