@@ -184,9 +184,9 @@ class TrainerSettings:
 class PredictorSettings:
     enabled: bool = setting(True, "false = plain training, observed but never jumped")
     policy: str = setting(
-        "fixed",
-        "how decisions are made: a fixed rule, or world model and bandit",
-        choices=("fixed", "learned"),
+        "learned",
+        "how decisions are made: world model and bandit, or a fixed rule",
+        choices=("learned", "fixed"),
     )
     temper: str = setting(
         "balanced",
