@@ -172,10 +172,12 @@ class Experience:
             outcome, slope_nats=tried.slope_nats, cycle_steps=self.cycle_steps, margin_spreads=1.0
         )
         cost = cost_steps(outcome)
+        cost_passes = max(0.0, cost) * self.step_passes if math.isfinite(cost) else outcome.passes
+        gain_passes = gained * self.step_passes if math.isfinite(gained) else 0.0
+        # A kept jump lost no more than a refused one would have: below that the measured gain is noise.
+        worst_passes = outcome.passes + self._trainer.probation_steps * self.step_passes
         self.budget.settle(
-            tried.expected_cost_passes,
-            max(0.0, cost) * self.step_passes if math.isfinite(cost) else outcome.passes,
-            gained * self.step_passes if math.isfinite(gained) else 0.0,
+            tried.expected_cost_passes, cost_passes, max(gain_passes, cost_passes - worst_passes)
         )
         met_id, happened = self._happened
         if met_id == outcome.decision_id:

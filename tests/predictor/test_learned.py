@@ -113,6 +113,28 @@ def test_a_run_whose_jumps_are_all_refused_loses_no_more_than_twice_its_share() 
     assert sum(policy_cost.values()) <= 2.0 * share * 3.0 * settings.trainer.steps
 
 
+def test_a_kept_jump_never_costs_the_budget_more_than_a_refused_one_would_have() -> None:
+    settings = small_settings(LEARNED, BOLD)
+    predictor = Predictor(MemoryStore())
+    line = Line(predictor)
+    checks = []
+
+    def keep_at_a_high_loss(message: Message) -> PhaseDecision | None:
+        if isinstance(message, Outcome) and message.horizon_steps:
+            message = dataclasses.replace(
+                message, verdict=Verdict.ACCEPTED, loss_end=50.0, check_seconds=3.0, passes=3.0
+            )
+            checks.append(message.decision_id)
+        return line(message)
+
+    ScriptedTrainer(settings).run(keep_at_a_high_loss, until_step=300)
+    state = predictor.learned.policy
+    assert state is not None
+    worst = 3.0 + 3.0 * settings.trainer.probation_steps
+    assert checks
+    assert 0.0 < state.values["budget"]["net_passes"] <= worst * len(checks) + 1e-9
+
+
 def outcome_like(message: Outcome) -> Outcome:
     return dataclasses.replace(message, check_seconds=3.0, loss_end=3.0, loss_forecast=1.9)
 
