@@ -67,8 +67,9 @@ class LearnedPolicy:
     def observe(self, observation: Observation, history: History) -> None:
         gap = history.contiguous_steps == 1
         self.models.step_taken(observation)
-        for tick in self.ticks.observe(observation, gap=gap):
-            self.models.record(tick)
+        if self.models.is_awake:
+            for tick in self.ticks.observe(observation, gap=gap):
+                self.models.record(tick)
         self.experience.observe(observation, history)
         if observation.decision_point is not None:
             self.models.window_ended(observation, observation.decision_point)
@@ -79,7 +80,9 @@ class LearnedPolicy:
         curve = self._curve(point)
         reason = self._rest_reason(point, curve)
         if reason or curve is None:
-            return self._rest(point, curve, reason)
+            trainer = self._settings.trainer
+            for_long = point.observation.step >= tail_start_step(trainer.schedule, trainer.steps)
+            return self._rest(point, curve, reason, for_long=for_long)
         context = self._context(point, curve)
         limit_steps = self._longest_horizon(curve, point)
         proposals = self._worth_trying(
@@ -98,7 +101,7 @@ class LearnedPolicy:
             chunks=self._chunks(chosen.arm.horizon_steps),
         )
         if cost_passes is None:
-            return self._rest(point, curve, "the budget for trying is spent", context)
+            return self._rest(point, curve, "the budget for trying is spent", context, for_long=True)
         decision = self._propose(point, curve, context, chosen, refusal, cost_passes)
         self.ticks.jumped(chosen.action())
         self._rests_in_a_row, self._proposals_in_a_row = 0, self._proposals_in_a_row + 1
@@ -219,12 +222,15 @@ class LearnedPolicy:
         curve: LossCurve | None,
         reason: str,
         context: tuple[float, ...] | None = None,
+        *,
+        for_long: bool = False,
     ) -> PhaseDecision:
+        """No jump. Where there will be none `for_long`, the next decision point is put off at once."""
         trainer = self._settings.trainer
         raw = self._without_jump(curve, point)
         forecast = raw and replace(raw, spread=raw.spread * self.experience.spread_factor(0))
         self._rests_in_a_row, self._proposals_in_a_row = self._rests_in_a_row + 1, 0
-        longer = min(MAX_WINDOW_FACTOR, 2 ** (self._rests_in_a_row // 2))
+        longer = MAX_WINDOW_FACTOR if for_long else min(MAX_WINDOW_FACTOR, 2 ** (self._rests_in_a_row // 2))
         decision = rest(
             point,
             reason=reason,

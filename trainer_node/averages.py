@@ -11,15 +11,21 @@ CompactAverages keeps a - theta, the drift and b in bfloat16: 1.5 x weights. An 
 cannot live in bfloat16 (one step moves it by less than half a unit in the last place), but its
 distance to the weights can; the price is one copy of the weights during optimizer.step, when
 activations are gone, and more memory traffic.
+
+An average need not see every step: with `every_steps` = 4 it takes in every fourth, with the weight of four
+(ExactAverages only; the other would have to hold its copy of the weights meanwhile).
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trainer_node.snapshot import MemoryStore, TensorStore
+
+MEMORY = "memory"  # name of the steps seen and the waiting weight among the tensors
 
 
 class Averages(Protocol):
@@ -63,6 +69,7 @@ def make_averages(
     slow_momentum: float,
     dtype: str,
     average_share: float = 0.0,
+    every_steps: int = 1,
     park: TensorStore | None = None,
 ) -> Averages:
     if dtype == "bf16":
@@ -77,6 +84,7 @@ def make_averages(
         average_steps=average_steps,
         slow_momentum=slow_momentum,
         average_share=average_share,
+        every_steps=every_steps,
         park=park,
     )
 
@@ -91,13 +99,24 @@ class TimeConstant:
 
     def __init__(self, average_steps: int, average_share: float) -> None:
         self._average_steps, self._average_share = average_steps, average_share
-        self.steps_seen = torch.zeros((), dtype=torch.int64)
+        # Steps seen; weight of those that are not taken in yet. An array, since a step must cost next to
+        # nothing, seen as a tensor by those who keep and restore state.
+        self._numbers = np.zeros(2)
+        self.tensor = torch.from_numpy(self._numbers)
 
-    def next_weight(self) -> float:
-        """Of the value after one more step, which is counted."""
-        self.steps_seen += 1
-        grown_steps = self._average_share * int(self.steps_seen) if self._average_share else 0.0
-        return 1.0 / max(1.0, self._average_steps, grown_steps)
+    def see_step(self) -> int:
+        """Counts one more step: its number. What waits weighs as much as if each step had been taken in."""
+        steps, waiting_weight = self._numbers.tolist()
+        steps += 1.0
+        weight = 1.0 / max(1.0, self._average_steps, self._average_share * steps)
+        self._numbers[:] = steps, waiting_weight * (1.0 - weight) + weight
+        return int(steps)
+
+    def take_weight(self) -> float:
+        """Of the value that is taken in now for all steps that wait; 0 if none does."""
+        weight = float(self._numbers[1])
+        self._numbers[1] = 0.0
+        return weight
 
 
 class ExactAverages:
@@ -108,12 +127,13 @@ class ExactAverages:
         average_steps: int,
         slow_momentum: float,
         average_share: float = 0.0,
+        every_steps: int = 1,
         park: TensorStore | None = None,
     ) -> None:
         """`park` keeps the average of the window's start, which no step needs; default: process memory."""
         self._parameters = [p.detach() for p in parameters]
         self._memory = TimeConstant(average_steps, average_share)
-        self._slow_momentum = slow_momentum
+        self._slow_momentum, self._every_steps = slow_momentum, every_steps
         self._average = [p.clone() for p in self._parameters]
         self._park = park or MemoryStore()
         self._park.save(self._average)
@@ -124,14 +144,22 @@ class ExactAverages:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        torch._foreach_lerp_(self._average, self._parameters, self._memory.next_weight())
+        if self._memory.see_step() % self._every_steps == 0:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        weight = self._memory.take_weight()
+        if weight > 0.0:
+            torch._foreach_lerp_(self._average, self._parameters, weight)
 
     @torch.no_grad()
     def begin_window(self) -> None:
+        self._catch_up()
         self._park.save(self._average)
 
     @torch.no_grad()
     def end_window(self) -> None:
+        self._catch_up()
         for index, slow in enumerate(self._slow):
             # The difference first: added to an average, a small drift would lose its last bits.
             slow.mul_(self._slow_momentum).add_(self.drift(index))
@@ -152,13 +180,13 @@ class ExactAverages:
     def tensors(self) -> dict[str, Tensor]:
         start = [self._park.read(index) for index in range(len(self._average))]
         named = _named(average=self._average, window_start=start, slow=self._slow)
-        return {**named, "steps_seen": self._memory.steps_seen}
+        return {**named, MEMORY: self._memory.tensor}
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:
         for name, tensor in _named(average=self._average, slow=self._slow).items():
             tensor.copy_(saved[name])
-        self._memory.steps_seen.copy_(saved["steps_seen"])
+        self._memory.tensor.copy_(saved[MEMORY])
         self._park.save([saved[f"window_start.{index}"] for index in range(len(self._average))])
 
     def bytes_held(self) -> int:
@@ -166,7 +194,7 @@ class ExactAverages:
         return _num_bytes(self._average) + _num_bytes(self._slow) + parked_bytes
 
     def moving_tensors(self) -> list[Tensor]:
-        return [*self._average, self._memory.steps_seen]
+        return [*self._average, self._memory.tensor]
 
 
 class CompactAverages:
@@ -194,7 +222,8 @@ class CompactAverages:
     def after_step(self) -> None:
         # average' - average = (theta' - average) / n, with theta' - average = update - offset.
         # offset' = average' - theta' = -(1 - 1/n) (theta' - average).
-        weight = self._memory.next_weight()
+        self._memory.see_step()
+        weight = self._memory.take_weight()
         for parameter, before, offset, drift in zip(
             self._parameters, self._before, self._offset, self._drift, strict=True
         ):
@@ -226,7 +255,7 @@ class CompactAverages:
 
     def tensors(self) -> dict[str, Tensor]:
         named = _named(offset=self._offset, drift=self._drift, slow=self._slow)
-        return {**named, "steps_seen": self._memory.steps_seen}
+        return {**named, MEMORY: self._memory.tensor}
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:
@@ -237,7 +266,7 @@ class CompactAverages:
         return _num_bytes(self._offset) + _num_bytes(self._drift) + _num_bytes(self._slow)
 
     def moving_tensors(self) -> list[Tensor]:
-        return [*self._offset, self._memory.steps_seen]
+        return [*self._offset, self._memory.tensor]
 
 
 def _named(**lists: list[Tensor]) -> dict[str, Tensor]:

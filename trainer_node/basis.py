@@ -58,6 +58,7 @@ class Basis:
             self.parameters,
             average_steps=settings.average_steps,
             average_share=settings.average_share,
+            every_steps=settings.average_every_steps,
             slow_momentum=settings.slow_momentum,
             dtype=settings.dtype,
             park=park,

@@ -29,7 +29,7 @@ from trainer_node.loop import Loop
 from trainer_node.progress import progress_from_json
 from trainer_node.snapshot import random_state, set_random_state
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 READ_OUT = "read_out.safetensors"  # parameters; buffers are those of model.safetensors
 
 

@@ -15,6 +15,7 @@ from operator import itemgetter, mul
 
 from common.features import NAMES
 from common.messages import Outcome, Phase, Verdict
+from trainer_node.ledger import TRAIN_PASSES
 
 LONG, SHORT = 64, 16
 _TINY = 1e-12
@@ -145,6 +146,7 @@ def _push(
     state.norms.push(gradient_norm)
     state.clips.push(float(clip_scale < 1.0))
     state.seconds.push(facts.step_seconds)
+    state.all_passes += TRAIN_PASSES * facts.micro_batches
     state.loss_averages = _ema(state.loss_averages, loss, (4, 16, 64))
     state.norm_averages = _ema(state.norm_averages, gradient_norm, (16, 64))
 

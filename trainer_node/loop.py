@@ -163,21 +163,22 @@ class Loop:
         if self._jump is not None:
             self._jump.step_seconds.append(span.seconds)
             self._jump.step_passes += passes
-        facts = step_facts(
-            progress,
+        facts = partial(
+            step_facts,
+            progress.phase,
             self.task,
             settings,
+            step=progress.step + 1,
             rate_factor=factor,
             step_seconds=span.seconds,
             data_seconds=data_span.seconds,
         )
-        progress.features.all_passes += passes
         progress.step += 1
         before = progress.phase
         progress.phase = phases.after_step(before, self.rules)
         if before.phase is Phase.WARMUP and progress.phase.phase is Phase.FULL:
             self._begin_window()
-        losses = self._observer.observe(progress, tensors, facts)
+        losses = self._observer.observe(progress, tensors, facts, wall_seconds=span.wall_seconds)
         if self._jump is not None:
             self._jump.losses += losses
 

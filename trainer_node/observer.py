@@ -1,7 +1,9 @@
 """Turns the steps of the loop into observations and closes its windows.
 
 Owns the probe and what is known of the newest decision point; the loop owns progress, phases and
-jumps and hands its progress in with every call, since a restore replaces it.
+jumps and hands its progress in with every call, since a restore replaces it. Short steps are told several
+at a time: making an observation took 130 us between two steps of 15 ms and 60 us in a row of eight, as the
+step evicts what it needs from the caches. What is told does not depend on when.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from trainer_node.probe import Probe
 from trainer_node.progress import Progress
 from trainer_node.step import StepTensors
 
+TOLD_TOGETHER_STEPS, TOLD_AFTER_SECONDS = 8, 0.1  # whichever comes first
+
 
 class Observer:
     def __init__(
@@ -38,25 +42,39 @@ class Observer:
         self.fingerprint = ""  # of the weights at the newest decision point
         self._basis, self._ledger, self._emit = basis, ledger, emit
         self._is_lockstep = settings.decision_mode == "lockstep"
-        self._window_steps = settings.window_steps
+        self._window_steps, self._last_step = settings.window_steps, settings.steps
+        self._untold_steps, self._untold_seconds = 0, 0.0
 
-    def observe(self, progress: Progress, tensors: StepTensors, facts: StepFacts) -> list[float]:
-        """A step was taken and `progress` stands after it. Losses of the steps that are told now, nats."""
-        self.probe.record(tensors, facts, progress.attempt)
-        point = None
+    def observe(
+        self, progress: Progress, tensors: StepTensors, facts: Callable[[], StepFacts], *, wall_seconds: float
+    ) -> list[float]:
+        """A step of `wall_seconds` was taken and `progress` stands after it.
+
+        Returns the losses of the steps that are told now, nats.
+        """
         at_point = progress.phase.is_decision_point
-        if at_point and self._basis is not None:
-            with self._ledger.span(purposes.WINDOWS):
-                point = self._close_window(self._basis, progress)
-        # In lockstep what is in a message must not depend on when a copy arrived.
-        wait = at_point or progress.phase.is_judgement_point or self._is_lockstep
-        return self.tell(progress, wait=wait, decision_point=point)
+        # The end of a window changes what features say: steps before it are told first.
+        losses = self.tell(progress, wait=True) if at_point else []
+        self.probe.record(tensors, facts, progress.attempt)
+        self._untold_steps += 1
+        self._untold_seconds += wall_seconds
+        is_due = self._untold_steps >= TOLD_TOGETHER_STEPS or self._untold_seconds >= TOLD_AFTER_SECONDS
+        if at_point or progress.phase.is_judgement_point or progress.step >= self._last_step:
+            return losses + self.tell(progress, wait=True, decision_point=self._point(progress, at_point))
+        return losses + (self.tell(progress, wait=self._is_lockstep) if is_due else [])
+
+    def _point(self, progress: Progress, at_point: bool) -> DecisionPoint | None:
+        if not at_point or self._basis is None:
+            return None
+        with self._ledger.span(purposes.WINDOWS):
+            return self._close_window(self._basis, progress)
 
     def tell(
         self, progress: Progress, *, wait: bool, decision_point: DecisionPoint | None = None
     ) -> list[float]:
         """Send what has arrived, with `wait` all that is under way; returns the losses, nats."""
         losses = []
+        self._untold_steps, self._untold_seconds = 0, 0.0
         for observation in self.probe.collect(progress.features, wait=wait, decision_point=decision_point):
             losses.append(observation.features[0])
             self._emit(observation)

@@ -9,7 +9,7 @@ an ordinary step never synchronises. Reads weights and gradients, never writes t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -26,9 +26,9 @@ from trainer_node.step import StepTensors
 class Pending:
     """A step whose numbers are on their way to the host."""
 
-    facts: StepFacts
+    facts: Callable[[], StepFacts]
     attempt: int
-    host: Tensor  # (2 + G,)
+    host: Tensor  # (2 + G,) loss, clip scale, gradient norms
     arrived: torch.cuda.Event | None
 
 
@@ -56,19 +56,15 @@ class Probe:
             handle.remove()
         self._handles = []
 
-    def record(self, tensors: StepTensors, facts: StepFacts, attempt: int) -> None:
-        """Start moving a step's numbers to the host."""
-        packed = torch.cat(
-            [tensors.loss.view(1), tensors.clip_scale.view(1).float(), tensors.gradient_norms_G]
-        )
-        arrived = None
+    def record(self, tensors: StepTensors, facts: Callable[[], StepFacts], attempt: int) -> None:
+        """Start moving a step's numbers to the host. `facts` are asked for when it is told."""
+        packed = torch.cat([tensors.loss.view(1), tensors.clip_scale.view(1), tensors.gradient_norms_G])
+        host, arrived = packed, None
         if packed.is_cuda:
             host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
             host.copy_(packed, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        else:
-            host = packed
         self._pending.append(Pending(facts, attempt, host, arrived))
 
     def collect(
@@ -98,11 +94,12 @@ class Probe:
 def _observation(pending: Pending, state: FeatureState, point: DecisionPoint | None) -> Observation:
     loss, clip_scale, *norms = pending.host.tolist()
     total_norm = sum(norm * norm for norm in norms) ** 0.5
+    facts = pending.facts()
     return Observation(
-        step=pending.facts.step,
+        step=facts.step,
         attempt=pending.attempt,
-        phase=pending.facts.phase,
-        features=featurize(state, pending.facts, loss=loss, gradient_norm=total_norm, clip_scale=clip_scale),
+        phase=facts.phase,
+        features=featurize(state, facts, loss=loss, gradient_norm=total_norm, clip_scale=clip_scale),
         gradient_norms=tuple(norms),
         decision_point=point,
     )

@@ -100,20 +100,20 @@ def _recent_steps(rules: PhaseRules) -> int:
 
 
 def step_facts(
-    progress: Progress,
+    state: PhaseState,
     task: Task,
     settings: TrainerSettings,
     *,
+    step: int,
     rate_factor: float,
     step_seconds: float,
     data_seconds: float,
 ) -> StepFacts:
-    """Facts of the step that is just being finished; `progress` still stands before it."""
-    state, optimizer = progress.phase, settings.optimizer
+    """Facts of step `step` (from 1); the phase stood at `state` before it."""
+    optimizer = settings.optimizer
     window_steps = state.window_steps or settings.window_steps
     lengths = {Phase.WARMUP: settings.statistics_steps, Phase.FULL: window_steps}
     phase_steps = lengths.get(state.phase, settings.probation_steps)
-    step = progress.step + 1
     return StepFacts(
         phase=state.phase,
         phase_steps_done=phase_steps - state.steps_left + 1,

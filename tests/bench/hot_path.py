@@ -13,6 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,16 @@ def large_shapes() -> dict[str, Any]:
     groups = parameter_groups(model)
     task = prepare_task(load_settings(preset="digits").trainer)
     progress = first_progress(phase_rules(settings.trainer))
-    facts = step_facts(progress, task, settings.trainer, rate_factor=1.0, step_seconds=1.0, data_seconds=0.0)
+    facts = partial(
+        step_facts,
+        progress.phase,
+        task,
+        settings.trainer,
+        step=1,
+        rate_factor=1.0,
+        step_seconds=1.0,
+        data_seconds=0.0,
+    )
     probe, state, outbox = Probe([], None), FeatureState(), make_outbox()
     tensors = StepTensors(torch.tensor(3.0), torch.rand(len(groups)), torch.tensor(1.0))
 
@@ -116,8 +126,16 @@ def nano() -> dict[str, Any]:
 
 
 def _observe(loop: Loop, outbox: Outbox) -> None:
-    facts = step_facts(
-        loop.progress, loop.task, loop.settings, rate_factor=1.0, step_seconds=1.0, data_seconds=0.0
+    progress = loop.progress
+    facts = partial(
+        step_facts,
+        progress.phase,
+        loop.task,
+        loop.settings,
+        step=progress.step + 1,
+        rate_factor=1.0,
+        step_seconds=1.0,
+        data_seconds=0.0,
     )
     norms_G = torch.ones(len(loop.groups))
     probe = Probe([], None)

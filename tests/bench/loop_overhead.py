@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,17 @@ def parts(loop: Loop) -> dict[str, float]:
     tensors = StepTensors(torch.tensor(3.0), torch.ones(len(loop.groups)), torch.tensor(1.0))
 
     def observe() -> None:
-        facts = step_facts(
-            progress, loop.task, loop.settings, rate_factor=1.0, step_seconds=1.0, data_seconds=0.0
+        facts = partial(
+            step_facts,
+            progress.phase,
+            loop.task,
+            loop.settings,
+            step=progress.step + 1,
+            rate_factor=1.0,
+            step_seconds=1.0,
+            data_seconds=0.0,
         )
-        observer.observe(progress, tensors, facts)
+        observer.observe(progress, tensors, facts, wall_seconds=0.0)
 
     return {
         "observe": microseconds(observe),

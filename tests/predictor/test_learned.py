@@ -13,7 +13,7 @@ from common.bus import EntryId
 from common.errors import CheckpointError
 from common.messages import DIRECTIONS, Message, Outcome, PhaseDecision, Verdict
 from predictor_node.bandit import REST
-from predictor_node.learned import LearnedPolicy
+from predictor_node.learned import MAX_WINDOW_FACTOR, LearnedPolicy
 from predictor_node.models import MIN_UPDATES
 from predictor_node.node import Predictor
 from predictor_node.state import MemoryStore, facts_of, files_of
@@ -184,6 +184,16 @@ def test_windows_grow_while_resting_and_are_of_the_usual_length_after_a_jump() -
     grown = [decision.next_window_steps for decision in line.decisions if not decision.horizon_steps]
     assert max(grown) > window_steps
     assert all(steps == 0 or steps % window_steps == 0 for steps in grown)
+
+
+def test_where_there_will_be_no_more_jumps_the_next_decision_point_is_put_off_at_once() -> None:
+    line, _, trainer = run_of(BOLD, "trainer.steps=400")
+    longest = MAX_WINDOW_FACTOR * trainer.settings.trainer.window_steps
+    rests = [decision for decision in line.decisions if not decision.horizon_steps]
+    ended = [d for d in rests if "is decaying" in d.reason or "budget" in d.reason]
+    assert {"decaying", "budget"} <= {word for d in ended for word in d.reason.split()}
+    assert all(decision.next_window_steps == longest for decision in ended)
+    assert any(decision.next_window_steps < longest for decision in rests if decision not in ended)
 
 
 def test_a_warm_start_comes_back_as_it_was_written_and_a_changed_byte_is_refused(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def small_job(*, optimizer: str = "adamw", seed: int = 0, **basis: object) -> Sm
     groups = parameter_groups(model)
     optimizers = build_optimizers(model, OptimizerSettings(name=optimizer, rate=0.01), CPU)
     set_rates(optimizers, 1.0)
-    settings = BasisSettings(**{"average_steps": 4, "sample_size": 4096, **basis})
+    settings = BasisSettings(**{"average_steps": 4, "average_every_steps": 1, "sample_size": 4096, **basis})
     return SmallJob(model, groups, optimizers, Basis(groups, optimizers, settings, seed=0))
 
 

@@ -115,7 +115,7 @@ def test_exact_averages_hold_three_times_the_weights_and_compact_ones_one_and_a_
             for name, t in make_averages(parameters, average_steps=9, slow_momentum=0.5, dtype=dtype)
             .tensors()
             .items()
-            if name != "steps_seen"
+            if name != "memory"
         )
         for dtype in KINDS
     }
@@ -270,7 +270,9 @@ def test_the_time_constant_is_the_longer_of_the_fixed_one_and_the_share_of_the_s
 @BOTH
 def test_a_restore_sets_the_length_of_the_average_back(dtype):
     parameters = parameters_of()
-    averages = make_averages(parameters, average_steps=2, slow_momentum=0.5, dtype=dtype, average_share=0.5)
+    averages = make_averages(
+        parameters, average_steps=2, slow_momentum=0.5, dtype=dtype, average_share=0.5, every_steps=4
+    )
     walk(parameters, averages, 10)
     held = [*(p.detach() for p in parameters), *averages.moving_tensors()]
     copies = [t.clone() for t in held]
@@ -280,4 +282,37 @@ def test_a_restore_sets_the_length_of_the_average_back(dtype):
         tensor.copy_(copy)
     walk(parameters, averages, 6, seed=5)
     assert [bits(t) for t in averages.moving_tensors()] == wanted
-    assert int(averages.tensors()["steps_seen"]) == 16
+    assert int(averages.tensors()["memory"][0]) == 16
+
+
+@pytest.mark.parametrize("average_share", [0.0, 0.5])
+def test_an_average_that_sees_every_fourth_step_is_the_sum_with_the_weights_of_four(average_share):
+    parameters = parameters_of()
+    averages = make_averages(
+        parameters,
+        average_steps=6,
+        slow_momentum=0.5,
+        dtype="fp32",
+        average_share=average_share,
+        every_steps=4,
+    )
+    path = walk(parameters, averages, 22, size=0.1)
+    average = path[0].copy()
+    for last in (4, 8, 12, 16, 20):
+        kept = np.prod([1.0 - 1.0 / max(6.0, average_share * step) for step in range(last - 3, last + 1)])
+        average = kept * average + (1.0 - kept) * path[last]
+    assert relative_error(all_of(averages.pull_back, parameters), average - path[-1]) < 1e-5
+    averages.end_window()  # a window that ends between two of them misses nothing
+    kept = np.prod([1.0 - 1.0 / max(6.0, average_share * step) for step in (21, 22)])
+    average = kept * average + (1.0 - kept) * path[-1]
+    assert relative_error(all_of(averages.pull_back, parameters), average - path[-1]) < 1e-5
+
+
+def test_a_mean_over_every_fourth_iterate_is_a_mean():
+    parameters = parameters_of()
+    averages = make_averages(
+        parameters, average_steps=0, slow_momentum=0.5, dtype="fp32", average_share=1.0, every_steps=4
+    )
+    path = walk(parameters, averages, 24, size=0.1)
+    wanted = np.mean(path[4::4], axis=0) - path[-1]
+    assert relative_error(all_of(averages.pull_back, parameters), wanted) < 1e-5

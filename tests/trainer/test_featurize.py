@@ -96,14 +96,13 @@ def test_features_equal_plain_statistics(count):
     history = history_of(count)
     for row in history[:-1]:
         push(state, row)
-        state.all_passes += 6.0
     note(state, applied(Verdict.REFUSED, lost_steps=4, passes=2.0 + 24.0))
     note(state, applied())
     twin = slow_features(
         history,
         jump={
             "parameter_norm": 20.0, "displacement_norm": 0.3, "check_passes": 2.0 + 3.0, "lost_passes": 24.0,
-            "all_passes": 6.0 * (count - 1) + 26.0 + 3.0, "jump_step": 5 if count > 4 else 0,
+            "all_passes": 6.0 * count + 26.0 + 3.0, "jump_step": 5 if count > 4 else 0,
             "accepted": [0.0, 1.0], "horizon_windows": 1.5, "gain_spreads": 2.0, "delta_norm": 0.75,
             "virtual_steps": 12, "cosine": -0.5, "guard_loss": 3.0, "attempts": 2,
         },

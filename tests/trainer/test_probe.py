@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -68,7 +70,7 @@ def test_observing_changes_no_bit_of_training(optimizer, dtype):
         for _ in range(6):
             if is_observed:
                 with probe:
-                    probe.record(bare_step(job), FACTS, 0)
+                    probe.record(bare_step(job), lambda: FACTS, 0)
                 probe.collect(state, wait=False)
             else:
                 bare_step(job)
@@ -91,7 +93,7 @@ def test_the_hooks_keep_the_averages_as_one_call_before_and_after_each_step_does
 
 def test_an_observation_carries_the_numbers_of_its_step():
     probe, state = Probe([], None), FeatureState()
-    probe.record(tensors_of(), facts_at(7), 3)
+    probe.record(tensors_of(), partial(facts_at, 7), 3)
     (observation,) = probe.collect(state, wait=True)
     assert (observation.step, observation.attempt, observation.phase) == (7, 3, FACTS.phase)
     assert observation.gradient_norms == (3.0, 4.0)
@@ -105,7 +107,7 @@ def test_an_observation_carries_the_numbers_of_its_step():
 def test_observations_come_in_order_and_the_decision_point_goes_with_the_newest():
     probe, state = Probe([], None), FeatureState()
     for step in (1, 2, 3):
-        probe.record(tensors_of(loss=float(step)), facts_at(step), 0)
+        probe.record(tensors_of(loss=float(step)), partial(facts_at, step), 0)
     observations = probe.collect(state, wait=True, decision_point=POINT)
     assert [o.step for o in observations] == [1, 2, 3]
     assert [o.features[0] for o in observations] == [1.0, 2.0, 3.0]
@@ -115,7 +117,7 @@ def test_observations_come_in_order_and_the_decision_point_goes_with_the_newest(
 
 def test_what_a_later_step_does_to_its_tensors_does_not_change_a_recorded_one():
     probe, tensors = Probe([], None), tensors_of()
-    probe.record(tensors, facts_at(1), 0)
+    probe.record(tensors, partial(facts_at, 1), 0)
     tensors.loss.fill_(99.0)
     tensors.gradient_norms_G.fill_(99.0)
     (observation,) = probe.collect(FeatureState(), wait=True)
@@ -136,7 +138,7 @@ class FakeEvent:
 
 def under_way(probe, step, *, has_arrived):
     event = FakeEvent(has_arrived=has_arrived)
-    probe._pending.append(Pending(facts_at(step), 0, torch.tensor([1.0, 1.0, 2.0]), event))
+    probe._pending.append(Pending(partial(facts_at, step), 0, torch.tensor([1.0, 1.0, 2.0]), event))
     return event
 
 
@@ -153,14 +155,14 @@ def test_numbers_under_way_are_not_waited_for_unless_asked():
 
 def test_a_decision_point_is_never_attached_without_waiting():
     probe = Probe([], None)
-    probe.record(tensors_of(), facts_at(1), 0)
+    probe.record(tensors_of(), partial(facts_at, 1), 0)
     (observation,) = probe.collect(FeatureState(), wait=False, decision_point=POINT)
     assert observation.decision_point is None
 
 
 def test_undone_steps_are_forgotten_and_leave_no_trace_in_the_features():
     probe, state = Probe([], None), FeatureState()
-    probe.record(tensors_of(), facts_at(1), 0)
+    probe.record(tensors_of(), partial(facts_at, 1), 0)
     before = state.to_json()
     probe.forget()
     assert probe.collect(state, wait=True) == []

@@ -1,0 +1,45 @@
+"""What is told of a run is a matter of its steps, not of the moment at which it is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.codec import encode
+from common.messages import Observation
+from tests.trainer.test_loop import twice_bad
+from tests.trainer.tiny import ScriptedLinks, tiny_loop, tiny_settings
+from trainer_node import observer
+
+
+def told(monkeypatch: pytest.MonkeyPatch, together_steps: int, after_seconds: float) -> ScriptedLinks:
+    monkeypatch.setattr(observer, "TOLD_TOGETHER_STEPS", together_steps)
+    monkeypatch.setattr(observer, "TOLD_AFTER_SECONDS", after_seconds)
+    links = ScriptedLinks(twice_bad)
+    tiny_loop(links, tiny_settings()).run()
+    return links
+
+
+def test_what_is_told_does_not_depend_on_how_many_steps_are_told_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one_by_one = told(monkeypatch, 1, 60.0)
+    assert len(one_by_one.of(Observation)) > 60, "no step was undone: the interesting case is missing"
+    for together_steps in (3, 8, 1000):
+        links = told(monkeypatch, together_steps, 60.0)
+        assert [encode(m) for m in links.said] == [encode(m) for m in one_by_one.said]
+
+
+@pytest.mark.parametrize(("after_seconds", "most_untold"), [(0.0, 0), (3600.0, 7)])
+def test_slow_steps_are_told_at_once_and_quick_ones_eight_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, after_seconds: float, most_untold: int
+) -> None:
+    monkeypatch.setattr(observer, "TOLD_AFTER_SECONDS", after_seconds)
+    links, untold = ScriptedLinks(), []
+    settings = tiny_settings("trainer.window_steps=20", "trainer.statistics_steps=20")
+
+    def count(loop: object) -> None:
+        untold.append(loop.progress.step - len(links.of(Observation)))  # type: ignore[attr-defined]
+
+    tiny_loop(links, settings, housekeeping=count).run()
+    assert max(untold) == most_untold
+    assert len(links.of(Observation)) == settings.trainer.steps
