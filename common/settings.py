@@ -92,7 +92,7 @@ class BasisSettings:
         20, "time constant of the averaged weights, steps; 0 = no averaging", low=0, high=1 << 20
     )
     average_every_steps: int = setting(
-        4, "steps that an average takes in at once, with their whole weight (fp32; bf16: 1)", low=1, high=1024
+        8, "steps that an average takes in at once, with their whole weight (fp32; bf16: 1)", low=1, high=1024
     )
     slow_momentum: float = setting(0.6, "decay of the slow drift per window", low=0.0, high=0.9999)
     dtype: str = setting(

@@ -12,7 +12,7 @@ cannot live in bfloat16 (one step moves it by less than half a unit in the last 
 distance to the weights can; the price is one copy of the weights during optimizer.step, when
 activations are gone, and more memory traffic.
 
-An average need not see every step: with `every_steps` = 4 it takes in every fourth, with the weight of four
+An average need not see every step: with `every_steps` = 8 it takes in every eighth, with the weight of eight
 (ExactAverages only; the other would have to hold its copy of the weights meanwhile).
 """
 

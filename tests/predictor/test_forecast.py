@@ -104,6 +104,20 @@ def test_no_curve_through_too_few_points() -> None:
 def test_the_mean_of_many_steps_is_known_as_well_as_the_curve_and_one_step_no_better_than_its_noise() -> None:
     curve = fitted(dict(enumerate([3.0, 2.8, 2.9, 2.6, 2.7, 2.5, 2.55, 2.4], start=1)))
     step = 12
-    assert curve.spread_of_mean(step, 10**12) == pytest.approx(curve.spread_at(step))
+    of_the_curve = math.hypot(curve.spread_at(step), curve.doubt_at(step))
+    assert curve.spread_of_mean(step, 10**12) == pytest.approx(of_the_curve)
     assert curve.spread_of_mean(step, 1) > math.sqrt(curve.residual_variance)
     assert curve.spread_of_mean(step, 2) < curve.spread_of_mean(step, 1)
+
+
+def test_where_the_losses_bend_more_than_a_root_the_doubt_is_what_the_forecast_misses() -> None:
+    curve = fitted({step: 2.0 + 5.0 / math.sqrt(step) for step in range(17, 49)})
+    for step in (50, 56, 64):
+        missed = 2.0 + 5.0 / math.sqrt(step) - curve.loss_at(step)
+        assert missed > 0.0
+        assert curve.doubt_at(step) == pytest.approx(missed)
+
+
+def test_there_is_no_doubt_about_losses_that_do_not_move() -> None:
+    curve = fitted(dict.fromkeys(range(17, 49), 3.0))
+    assert curve.doubt_at(64) == 0.0

@@ -29,7 +29,7 @@ _CONSTANT: Pairs = (("trainer.schedule.name", "constant"),)
 _NO_PREDICTOR: Pairs = (("predictor.enabled", False),)
 _LEARNED: Pairs = (("predictor.enabled", True), ("predictor.policy", "learned"))
 _FIXED: Pairs = (("predictor.enabled", True), ("predictor.policy", "fixed"))
-_TEMPER = ("trainer.basis.average_steps", "predictor.temper")
+_AVERAGE = ("trainer.basis.average_steps",)
 _LINE = ("trainer.basis.average_steps", "predictor.drift_gain")
 
 
@@ -130,28 +130,34 @@ _TABLE = (
         "ours-unguarded",
         "ours, no jump checked or judged",
         (*_LEARNED, ("trainer.verify.enabled", False)),
-        tuned=_TEMPER,
+        tuned=_AVERAGE,
     ),
     _ours(
         "ours-random",
         "ours, every delta replaced by a random direction of its norm",
         (*_LEARNED, ("trainer.basis.ablation", "random")),
-        tuned=_TEMPER,
+        tuned=_AVERAGE,
     ),
-    _ours("ours", "world model and bandit", _LEARNED, tuned=_TEMPER),
+    _ours("ours", "world model and bandit", _LEARNED, tuned=_AVERAGE),
     *(
         _ours(
             f"ours-{temper}",
             f"ours with the {temper} preset",
             (*_LEARNED, ("predictor.temper", temper)),
-            tuned=("trainer.basis.average_steps",),
+            tuned=_AVERAGE,
         )
-        for temper in ("conservative", "balanced", "aggressive")
+        for temper in ("conservative", "aggressive")  # balanced is the default: `ours`
     ),
     _ours(
         "ours-constant",
         "ours at a constant rate, averaged weights handed out",
-        (*_LEARNED, *_CONSTANT, ("trainer.read_out", "average"), ("trainer.basis.average_share", 0.1)),
+        (
+            *_LEARNED,
+            *_CONSTANT,
+            ("trainer.read_out", "average"),
+            ("trainer.basis.average_share", 0.1),
+            ("trainer.basis.average_every_steps", 1),
+        ),
         tuned=(_RATE, _WEIGHT_DECAY, "trainer.basis.average_share"),
         wraps="",
         rule="constant",
@@ -160,7 +166,7 @@ _TABLE = (
         "ours-phi",
         "ours with the per-weight forecaster",
         (*_LEARNED, ("trainer.basis.history_snapshots", 5)),
-        tuned=_TEMPER,
+        tuned=_AVERAGE,
     ),
 )
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _TABLE}
