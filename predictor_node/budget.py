@@ -47,6 +47,11 @@ class ExplorationBudget:
         return self.share * max(self.spent_passes, self.planned_passes)
 
     @property
+    def most_passes(self) -> float:
+        """The net loss that is never exceeded, as far as is known now."""
+        return self.worst_factor * self.allowance_passes
+
+    @property
     def left_passes(self) -> float:
         """The highest expected cost that would be allowed now, its worst aside."""
         return self.allowance_passes - max(self.net_passes, self.expected_passes)
@@ -55,7 +60,7 @@ class ExplorationBudget:
         """In passes: mean of cost minus gain (may be negative), and the most that a refusal costs."""
         if not (math.isfinite(expected_cost) and math.isfinite(worst_cost)):
             return False
-        worst_room = self.worst_factor * self.allowance_passes - self.net_passes
+        worst_room = self.most_passes - self.net_passes
         return expected_cost <= self.left_passes and worst_cost <= worst_room
 
     def ran(self, passes: float) -> bool:

@@ -102,6 +102,11 @@ class Experience:
         verify = self._trainer.verify
         return float((2 + chunks) * verify.guard_batches * verify.enabled)
 
+    def can_ever_afford(self) -> bool:
+        """Whether the whole run pays for one refusal: where it does not, nothing is ever tried."""
+        worst_passes = self.check_passes() + self._trainer.probation_steps * self.step_passes
+        return worst_passes <= self.budget.most_passes
+
     def affordable_cost(self, arm: str, *, refusal: float, mean_reward: float, chunks: int) -> float | None:
         """Expected cost less gain of a proposal in passes, or None if the budget does not allow it.
 

@@ -80,14 +80,11 @@ class LearnedPolicy:
         curve = self._curve(point)
         reason = self._rest_reason(point, curve)
         if reason or curve is None:
-            trainer = self._settings.trainer
-            for_long = point.observation.step >= tail_start_step(trainer.schedule, trainer.steps)
-            return self._rest(point, curve, reason, for_long=for_long)
+            return self._rest(point, curve, reason, for_long=self._rests_to_the_end(point))
         context = self._context(point, curve)
         limit_steps = self._longest_horizon(curve, point)
-        proposals = self._worth_trying(
-            proposals_for(self._arms, point, self.models, self._temper, limit_steps)
-        )
+        possible = proposals_for(self._arms, point, self.models, self._temper, limit_steps)
+        proposals = self._worth_trying(possible)
         choice = self.experience.bandit.choose(context, {proposal.arm.name for proposal in proposals})
         chosen = next((proposal for proposal in proposals if proposal.arm.name == choice.arm), None)
         if chosen is None:
@@ -139,13 +136,16 @@ class LearnedPolicy:
         settings, step = self._settings, point.observation.step
         if not settings.predictor.enabled:
             return "prediction is off"
+        if not self.experience.can_ever_afford():
+            return "this run is too short to pay for a refused jump"
         if step < self._first_step():
             return "too early in the run"
-        return (
-            phase_of_run_reason(settings, point)
-            or history_reason(settings, point.history, curve)
-            or basis_reason(point)
-        )
+        reason = phase_of_run_reason(settings, point) or history_reason(settings, point.history, curve)
+        return reason or basis_reason(point)
+
+    def _rests_to_the_end(self, point: DecisionInput) -> bool:
+        tail_step = tail_start_step(self._settings.trainer.schedule, self._settings.trainer.steps)
+        return point.observation.step >= tail_step or not self.experience.can_ever_afford()
 
     def _first_step(self) -> float:
         trainer = self._settings.trainer
@@ -230,7 +230,9 @@ class LearnedPolicy:
         raw = self._without_jump(curve, point)
         forecast = raw and replace(raw, spread=raw.spread * self.experience.spread_factor(0))
         self._rests_in_a_row, self._proposals_in_a_row = self._rests_in_a_row + 1, 0
-        longer = MAX_WINDOW_FACTOR if for_long else min(MAX_WINDOW_FACTOR, 2 ** (self._rests_in_a_row // 2))
+        longer = min(MAX_WINDOW_FACTOR, 2 ** (self._rests_in_a_row // 2))
+        if for_long and self.models.phi is None:  # which learns from windows of the usual length
+            longer = MAX_WINDOW_FACTOR
         decision = rest(
             point,
             reason=reason,

@@ -35,7 +35,7 @@ TEMPERS = {
         first_share=0.5,
         max_horizon_steps=64,
         max_refusal=0.5,
-        exploration_share=0.015,
+        exploration_share=0.01,
         optimism=0.5,
         trust_norm=0.03,
     ),

@@ -15,6 +15,7 @@ from common.config import dump_settings
 from common.messages import Message, Observation, Outcome, Phase, PhaseDecision, Verdict
 from common.settings import RunSettings
 from predictor_node.node import Predictor, in_memory_predictor
+from trainer_node import observer
 from trainer_node.assembly import build_loop, prepare_task, run_started
 from trainer_node.loop import Loop
 from trainer_node.race.in_process import InProcessPredictor
@@ -90,6 +91,7 @@ class Watcher(InProcessPredictor):
 def live(settings: RunSettings) -> tuple[Seen, Loop]:
     task, seen = prepare_task(settings.trainer), Seen()
     watcher = Watcher(in_memory_predictor(), seen)
+    observer.TOLD_TOGETHER_STEPS = 1  # the guard loss is read when a step is told
     loop = build_loop(
         task,
         settings,

@@ -186,6 +186,20 @@ def test_windows_grow_while_resting_and_are_of_the_usual_length_after_a_jump() -
     assert all(steps == 0 or steps % window_steps == 0 for steps in grown)
 
 
+def test_a_run_that_cannot_pay_for_one_refused_jump_is_watched_with_the_longest_windows_and_left_alone() -> (
+    None
+):
+    short = small_settings().trainer.probation_steps * 40  # a refusal costs more than 2 % of it
+    line, _, trainer = run_of(f"trainer.steps={short}")
+    longest = MAX_WINDOW_FACTOR * trainer.settings.trainer.window_steps
+    assert line.decisions
+    assert {decision.horizon_steps for decision in line.decisions} == {0}
+    assert {decision.reason for decision in line.decisions} == {
+        "this run is too short to pay for a refused jump"
+    }
+    assert {decision.next_window_steps for decision in line.decisions} == {longest}
+
+
 def test_where_there_will_be_no_more_jumps_the_next_decision_point_is_put_off_at_once() -> None:
     line, _, trainer = run_of(BOLD, "trainer.steps=400")
     longest = MAX_WINDOW_FACTOR * trainer.settings.trainer.window_steps

@@ -50,9 +50,10 @@ def test_only_ours_asks_a_predictor() -> None:
 
 
 def test_arms_that_show_what_a_part_is_worth_differ_from_ours_in_that_part_alone() -> None:
-    ours = run_settings(ARMS["ours"], BASE, (), steps=50, seed=0)
+    ours = run_settings(ARMS["ours-aggressive"], BASE, (), steps=50, seed=0)
     parts = {
-        "ours-fixed": ("predictor", "policy", "fixed"),
+        "ours": ("predictor", "temper", "balanced"),
+        "ours-conservative": ("predictor", "temper", "conservative"),
         "ours-unguarded": ("trainer", "verify", dataclasses.replace(ours.trainer.verify, enabled=False)),
         "ours-random": ("trainer", "basis", dataclasses.replace(ours.trainer.basis, ablation="random")),
         "ours-phi": ("trainer", "basis", dataclasses.replace(ours.trainer.basis, history_snapshots=5)),

@@ -28,6 +28,7 @@ _MUON = ("trainer.optimizer.muon_rate", *_ADAMW)
 _CONSTANT: Pairs = (("trainer.schedule.name", "constant"),)
 _NO_PREDICTOR: Pairs = (("predictor.enabled", False),)
 _LEARNED: Pairs = (("predictor.enabled", True), ("predictor.policy", "learned"))
+_BOLD: Pairs = (*_LEARNED, ("predictor.temper", "aggressive"))  # in short runs only this temper can try
 _FIXED: Pairs = (("predictor.enabled", True), ("predictor.policy", "fixed"))
 _AVERAGE = ("trainer.basis.average_steps",)
 _LINE = ("trainer.basis.average_steps", "predictor.drift_gain")
@@ -128,17 +129,17 @@ _TABLE = (
     _ours("ours-fixed", "ours with a fixed policy: half the averaged drift", _FIXED, tuned=_LINE),
     _ours(
         "ours-unguarded",
-        "ours, no jump checked or judged",
-        (*_LEARNED, ("trainer.verify.enabled", False)),
+        "ours-aggressive, no jump checked or judged",
+        (*_BOLD, ("trainer.verify.enabled", False)),
         tuned=_AVERAGE,
     ),
     _ours(
         "ours-random",
-        "ours, every delta replaced by a random direction of its norm",
-        (*_LEARNED, ("trainer.basis.ablation", "random")),
+        "ours-aggressive, every delta replaced by a random direction of its norm",
+        (*_BOLD, ("trainer.basis.ablation", "random")),
         tuned=_AVERAGE,
     ),
-    _ours("ours", "world model and bandit", _LEARNED, tuned=_AVERAGE),
+    _ours("ours", "world model and bandit as users get them: the balanced temper", _LEARNED, tuned=_AVERAGE),
     *(
         _ours(
             f"ours-{temper}",
@@ -146,7 +147,7 @@ _TABLE = (
             (*_LEARNED, ("predictor.temper", temper)),
             tuned=_AVERAGE,
         )
-        for temper in ("conservative", "aggressive")  # balanced is the default: `ours`
+        for temper in ("conservative", "aggressive")
     ),
     _ours(
         "ours-constant",
@@ -164,8 +165,8 @@ _TABLE = (
     ),
     _ours(
         "ours-phi",
-        "ours with the per-weight forecaster",
-        (*_LEARNED, ("trainer.basis.history_snapshots", 5)),
+        "ours-aggressive with the per-weight forecaster",
+        (*_BOLD, ("trainer.basis.history_snapshots", 5)),
         tuned=_AVERAGE,
     ),
 )

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from trainer_node.race.evidence import ArmEvidence, Evidence, PairEvidence
 from trainer_node.race.statistics import MEANINGFUL_LOSS, geometric_mean, regressions
-from trainer_node.race.words import FEW_SEEDS, percent
+from trainer_node.race.words import FEW_SEEDS, JUMPING_ARM, percent
 
 LOSS_GAP = 0.005
 COVERAGE = (0.7, 0.9)
@@ -52,21 +52,25 @@ def forecasts_mean_something(files: Sequence[Evidence]) -> list[str]:
     rows, better, covered = [], dict.fromkeys(RIVALS, 0), 0
     evidences = _of_rule(files, "decayed")
     for evidence in evidences:
-        ours = _ours(evidence)
-        pairs = [evidence.against(rival) for rival in RIVALS]
+        name = JUMPING_ARM if JUMPING_ARM in evidence.arms else evidence.headline_arm
+        ours = evidence.arms[name]
+        pairs = [evidence.against(rival, arm=name) for rival in RIVALS]
         for rival, pair in zip(RIVALS, pairs, strict=True):
             better[rival] += pair is not None and pair.ratio_median is not None and pair.ratio_median > 1
         inside = ours.coverage_80 is not None and COVERAGE[0] <= ours.coverage_80 <= COVERAGE[1]
         covered += inside
         coverage = f"{_percent(ours.coverage_80)} of {ours.forecasts:,}" if ours.forecasts else "–"
-        rows.append((_name(evidence), *map(pair_words, pairs), _number(ours.cosine_median), coverage))
+        numbers = _number(ours.cosine_median), coverage
+        rows.append((_name(evidence), name, *map(pair_words, pairs), *numbers))
     count = len(rows)
     met = bool(rows) and all(2 * wins > count for wins in better.values()) and covered == count
     wins = ", ".join(f"{rival} on {better[rival]} of {count}" for rival in RIVALS)
     said = _verdict(met, f"ours beat {wins}; intervals calibrated on {covered} of {count}", rows)
     return [
         f"{said} The bar: most tasks, and the 80 % interval holds 70 to 90 %.",
-        *table(("task", *(f"against {rival}" for rival in RIVALS), "cosine", "80 % interval held"), rows),
+        *table(
+            ("task", "arm", *(f"against {rival}" for rival in RIVALS), "cosine", "80 % interval held"), rows
+        ),
     ]
 
 

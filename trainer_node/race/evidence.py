@@ -21,7 +21,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from common.errors import HybridError, SettingsError
 from trainer_node.race.arms import ARMS
 from trainer_node.race.figures import ArmFigures, RaceFigures
-from trainer_node.race.words import headline_arm
+from trainer_node.race.words import JUMPING_ARM, headline_arm
 
 RULES = ("constant", "decayed", "fitted", "whole-stack", "hands-free", "untuned", "ramp")
 FOLDER = Path("docs/evidence")
@@ -84,7 +84,7 @@ class Evidence:
     # From here on a file may leave keys out.
     reference_arm: str = ""
     headline_arm: str = ""
-    pairs: tuple[PairEvidence, ...] = ()  # the headline arm against every other
+    pairs: tuple[PairEvidence, ...] = ()  # the headline arm and the one that jumps against every other
     missing: tuple[str, ...] = ()
     in_distribution: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -93,9 +93,10 @@ class Evidence:
     def file_name(self) -> str:
         return f"{self.task}.{self.rule}.json"
 
-    def against(self, versus: str) -> PairEvidence | None:
-        """The headline arm against another one."""
-        return next((pair for pair in self.pairs if pair.versus == versus), None)
+    def against(self, versus: str, *, arm: str = "") -> PairEvidence | None:
+        """The headline arm, or `arm`, against another one."""
+        arm = arm or self.headline_arm
+        return next((pair for pair in self.pairs if (pair.arm, pair.versus) == (arm, versus)), None)
 
 
 def evidence_of(figures: RaceFigures) -> Evidence:
@@ -129,7 +130,7 @@ def evidence_of(figures: RaceFigures) -> Evidence:
                 sign_test_p=pair.ratio.sign_p,
             )
             for pair in figures.pairs
-            if pair.arm == ours
+            if pair.arm in (ours, JUMPING_ARM)
         ),
         missing=figures.missing,
         in_distribution=race.in_distribution,

@@ -36,7 +36,7 @@ from trainer_node.race.waves import Standing, Wave
 from trainer_node.race.workers import Failed, Runner, RunOrder, Workers, make_run
 
 INTERRUPTED = 130
-AUDITED_ARM = "ours"
+AUDITED_ARM = "ours-aggressive"  # the one that jumps
 AUDIT_SEEDS = 3  # unless --seeds says otherwise: an audit of a run costs several times that run
 
 
