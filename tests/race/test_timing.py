@@ -37,17 +37,6 @@ def test_without_a_timed_run_of_the_same_arm_and_seed_nothing_changes() -> None:
     assert retimed([busy, other]) == [busy]
 
 
-def test_of_two_timed_runs_the_quicker_one_counts() -> None:
-    busy, slow, quick = (
-        result("race", steps=200),
-        result("time", steps=100, slower=1.4),
-        result("time-again", steps=100),
-    )
-    for order in ([busy, slow, quick], [quick, busy, slow]):
-        (run,) = retimed(order)
-        assert run.final.trainer_seconds == pytest.approx(0.01 * busy.final.passes)
-
-
 def test_a_timed_run_never_stands_in_for_one_of_the_race() -> None:
     assert result("time", steps=100).key.identity != result("race", steps=100).key.identity
     assert retimed([result("time", steps=100)]) == []

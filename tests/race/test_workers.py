@@ -40,6 +40,16 @@ def test_results_do_not_depend_on_the_worker_process() -> None:
     assert answers == {seed: fake_result(order_of(seed).key) for seed in range(5)}
 
 
+def test_runs_that_must_be_alone_are_made_one_after_the_other() -> None:
+    with Workers(2, run_fake) as workers:
+        list(workers.run(map(order_of, range(2))))  # both workers are there
+        seeds = []
+        for order, _ in workers.run(map(order_of, range(6)), one_at_a_time=True):
+            assert all(worker.order is None for worker in workers._workers)
+            seeds.append(order.key.seed)
+    assert seeds == list(range(6))
+
+
 def test_a_dead_worker_costs_its_run_and_is_replaced() -> None:
     answers = answers_of(2, run_or_die, range(4))
     assert {seed: isinstance(answer, Failed) for seed, answer in answers.items()} == {

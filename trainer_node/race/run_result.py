@@ -15,9 +15,6 @@ from typing import Any
 RESULT_SCHEMA = 1
 
 
-TIMED = ("time", "time-again")  # purposes of runs that are made to be timed, each a wave of its own
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunKey:
     """Which run: common random numbers mean that `seed` fixes initial weights and batches in every arm."""
@@ -27,7 +24,7 @@ class RunKey:
     config: tuple[tuple[str, Any], ...]  # sorted (setting, value): what was tuned, and nothing else
     planned_steps: int
     seed: int
-    purpose: str  # "tune", "target", "race", "time", "time-again", "audit"
+    purpose: str  # "tune", "target", "race", "time", "audit"
 
     @property
     def config_hash(self) -> str:
@@ -38,11 +35,7 @@ class RunKey:
         """Key of results.jsonl. A tuning run may serve in the race, so the purpose is not part of it; only a
         run made to be timed is made for that alone."""
         known = f"{self.task}/{self.arm}/{self.config_hash}/{self.planned_steps}/{self.seed}"
-        return known + (f"/{self.purpose}" if self.is_timed else "")
-
-    @property
-    def is_timed(self) -> bool:
-        return self.purpose in TIMED
+        return known + ("/time" if self.purpose == "time" else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@
     target   the best plain arm with all seeds at T0: the target is its median end
     race     every arm at T0 with all seeds; decayed arms at the lengths that their search asks for,
              arms of constant rate once at the longest length, to be read while they go on
-    time     every arm twice more at T0 with all seeds: only these runs are timed (timing.py)
+    time     every arm once more at T0 with all seeds: only these runs are timed (timing.py)
 
 A wave is a list of runs that do not depend on each other, ordered by seed and then by arm: a slow drift
 of the machine hits all arms alike. Protocol: reference/speedup.md, section 3. Makes no runs.
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from trainer_node.race.arms import ARMS, Arm
 from trainer_node.race.crossing_search import Ask, Found, Missed, bracket, search
 from trainer_node.race.plan import TUNING_SEED, Config, RacePlan
-from trainer_node.race.run_result import TIMED, RunKey, RunResult
+from trainer_node.race.run_result import RunKey, RunResult
 from trainer_node.race.space import trial_config
 
 LENGTHS_EXPECTED = 5  # visited by a search, as a guess for the time left
@@ -48,7 +48,7 @@ class Standing:
             ("tune", self._tuning_keys(wrapping=True)),
             ("target", self._target_keys()),
             ("race", self._race_keys()),
-            *(("time", self._timing_keys(purpose)) for purpose in TIMED),
+            ("time", self._timing_keys()),
         ):
             missing = tuple({key.identity: key for key in keys if not self._is_known(key)}.values())
             if missing:
@@ -135,12 +135,12 @@ class Standing:
         else; () for the others."""
         return self.tuned(ARMS[arm.wraps]) if arm.wraps else ()
 
-    def _timing_keys(self, purpose: str) -> list[RunKey]:
+    def _timing_keys(self) -> list[RunKey]:
         keys = []
         for name in self.plan.arms:
             config = self.tuned(ARMS[name])
             if config is not None:
-                keys += self._seed_keys(ARMS[name], config, self.plan.base_steps, purpose)
+                keys += self._seed_keys(ARMS[name], config, self.plan.base_steps, "time")
         return keys
 
     def _target_keys(self) -> list[RunKey]:

@@ -100,7 +100,11 @@ class Workers:
         self._workers.clear()
 
     def run(
-        self, orders: Iterable[RunOrder], *, may_start: Callable[[], bool] = lambda: True
+        self,
+        orders: Iterable[RunOrder],
+        *,
+        may_start: Callable[[], bool] = lambda: True,
+        one_at_a_time: bool = False,
     ) -> Iterator[tuple[RunOrder, Answer]]:
         """Make all runs, beginning them in the given order while `may_start()`.
 
@@ -108,7 +112,7 @@ class Workers:
         """
         waiting = deque(orders)
         while True:
-            while waiting and may_start() and (worker := self._idle()) is not None:
+            while waiting and may_start() and (worker := self._idle(one_at_a_time)) is not None:
                 worker.order = waiting.popleft()
                 with contextlib.suppress(OSError):  # it died idle: its end is seen below
                     worker.connection.send(worker.order)
@@ -133,7 +137,10 @@ class Workers:
             raise SettingsError(str(answer))
         return answer
 
-    def _idle(self) -> _Worker | None:
+    def _idle(self, is_alone: bool) -> _Worker | None:
+        """A worker without an order; None while all are busy, or one is that must be alone."""
+        if is_alone and any(worker.order is not None for worker in self._workers):
+            return None
         for worker in self._workers:
             if worker.order is None:
                 return worker
