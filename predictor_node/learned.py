@@ -45,6 +45,7 @@ from predictor_node.warm_start import read_warm_start
 
 TICKS_PER_WINDOW = 4
 MAX_WINDOW_FACTOR = 8  # while nothing is worth trying, windows grow: a decision point is not free
+LAST_WINDOW_FACTOR = 64  # where nothing will be tried any more: the most that the trainer grants
 MAX_CHUNKS = 64  # what the trainer takes (docs/messages.md)
 ON_PROBATION = {Verdict.ACCEPTED: False, Verdict.REFUSED: True}
 
@@ -226,19 +227,18 @@ class LearnedPolicy:
         for_long: bool = False,
     ) -> PhaseDecision:
         """No jump. Where there will be none `for_long`, the next decision point is put off at once."""
-        trainer = self._settings.trainer
         raw = self._without_jump(curve, point)
         forecast = raw and replace(raw, spread=raw.spread * self.experience.spread_factor(0))
         self._rests_in_a_row, self._proposals_in_a_row = self._rests_in_a_row + 1, 0
         longer = min(MAX_WINDOW_FACTOR, 2 ** (self._rests_in_a_row // 2))
         if for_long and self.models.phi is None:  # which learns from windows of the usual length
-            longer = MAX_WINDOW_FACTOR
+            longer = LAST_WINDOW_FACTOR
         decision = rest(
             point,
             reason=reason,
             forecast=forecast,
             arm=REST,
-            next_window_steps=trainer.window_steps * longer if longer > 1 else 0,
+            next_window_steps=self._settings.trainer.window_steps * longer if longer > 1 else 0,
         )
         slope_nats = -curve.slope_at(point.observation.step) if curve else 0.0
         self.experience.decided(decision, raw_spread=raw.spread if raw else 0.0, slope_nats=slope_nats)

@@ -45,6 +45,7 @@ from trainer_node.progress import (
     Progress,
     before_jump,
     first_progress,
+    needs_averages,
     outcome_without_jump,
     phase_rules,
     position_of,
@@ -143,6 +144,7 @@ class Loop:
         progress, settings = self.progress, self.settings
         factor = rate_factor(progress.step, settings.steps, settings.schedule)
         set_rates(self.optimizers, factor)
+        self._observer.probe.keeps_averages = needs_averages(progress, settings)
         count = settings.batch.accumulation
         passes = TRAIN_PASSES * count
         with self.ledger.span(purposes.STEPS, passes=passes) as span:

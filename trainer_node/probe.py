@@ -36,6 +36,7 @@ class Probe:
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], averages: Averages | None) -> None:
         self._optimizers = list(optimizers)
         self._averages = averages
+        self.keeps_averages = True  # False while no decision is to come: then they cost nothing
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._pending: deque[Pending] = deque()
 
@@ -44,8 +45,8 @@ class Probe:
         if averages is not None:
             first, last = self._optimizers[0], self._optimizers[-1]
             self._handles = [
-                first.register_step_pre_hook(lambda *_: averages.before_step()),
-                last.register_step_post_hook(lambda *_: averages.after_step()),
+                first.register_step_pre_hook(lambda *_: self._kept(averages.before_step)),
+                last.register_step_post_hook(lambda *_: self._kept(averages.after_step)),
             ]
         return self
 
@@ -55,6 +56,10 @@ class Probe:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def _kept(self, work: Callable[[], None]) -> None:
+        if self.keeps_averages:
+            work()
 
     def record(self, tensors: StepTensors, facts: Callable[[], StepFacts], attempt: int) -> None:
         """Start moving a step's numbers to the host. `facts` are asked for when it is told."""

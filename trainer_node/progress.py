@@ -136,6 +136,13 @@ def step_facts(
     )
 
 
+def needs_averages(progress: Progress, settings: TrainerSettings) -> bool:
+    """By a decision point that is still to come in this run, or as the weights that are handed out."""
+    state, left_steps = progress.phase, settings.steps - progress.step
+    window_ends = state.phase is not Phase.FULL or state.steps_left <= left_steps
+    return window_ends or settings.read_out == "average"
+
+
 def before_jump(progress: Progress, waiting_seconds: float) -> Before:
     losses = list(progress.recent_losses)
     changes = [later - earlier for earlier, later in itertools.pairwise(losses)]

@@ -13,7 +13,7 @@ from common.bus import EntryId
 from common.errors import CheckpointError
 from common.messages import DIRECTIONS, Message, Outcome, PhaseDecision, Verdict
 from predictor_node.bandit import REST
-from predictor_node.learned import MAX_WINDOW_FACTOR, LearnedPolicy
+from predictor_node.learned import LAST_WINDOW_FACTOR, LearnedPolicy
 from predictor_node.models import MIN_UPDATES
 from predictor_node.node import Predictor
 from predictor_node.state import MemoryStore, facts_of, files_of
@@ -191,7 +191,7 @@ def test_a_run_that_cannot_pay_for_one_refused_jump_is_watched_with_the_longest_
 ):
     short = small_settings().trainer.probation_steps * 40  # a refusal costs more than 2 % of it
     line, _, trainer = run_of(f"trainer.steps={short}")
-    longest = MAX_WINDOW_FACTOR * trainer.settings.trainer.window_steps
+    longest = LAST_WINDOW_FACTOR * trainer.settings.trainer.window_steps
     assert line.decisions
     assert {decision.horizon_steps for decision in line.decisions} == {0}
     assert {decision.reason for decision in line.decisions} == {
@@ -202,7 +202,7 @@ def test_a_run_that_cannot_pay_for_one_refused_jump_is_watched_with_the_longest_
 
 def test_where_there_will_be_no_more_jumps_the_next_decision_point_is_put_off_at_once() -> None:
     line, _, trainer = run_of(BOLD, "trainer.steps=400")
-    longest = MAX_WINDOW_FACTOR * trainer.settings.trainer.window_steps
+    longest = LAST_WINDOW_FACTOR * trainer.settings.trainer.window_steps
     rests = [decision for decision in line.decisions if not decision.horizon_steps]
     ended = [d for d in rests if "is decaying" in d.reason or "budget" in d.reason]
     assert {"decaying", "budget"} <= {word for d in ended for word in d.reason.split()}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from common.codec import encode
-from common.messages import Observation
-from tests.trainer.test_loop import twice_bad
+from common.messages import Observation, Phase, PhaseDecision
+from tests.trainer.test_loop import proposal, twice_bad
 from tests.trainer.tiny import ScriptedLinks, tiny_loop, tiny_settings
 from trainer_node import observer
+from trainer_node.loop import Loop
 
 
 def told(monkeypatch: pytest.MonkeyPatch, together_steps: int, after_seconds: float) -> ScriptedLinks:
@@ -27,6 +30,25 @@ def test_what_is_told_does_not_depend_on_how_many_steps_are_told_together(
     for together_steps in (3, 8, 1000):
         links = told(monkeypatch, together_steps, 60.0)
         assert [encode(m) for m in links.said] == [encode(m) for m in one_by_one.said]
+
+
+@pytest.mark.parametrize("read_out", ["weights", "average"])
+def test_where_no_decision_is_to_come_no_average_is_kept_unless_it_is_handed_out(read_out: str) -> None:
+    settings = tiny_settings(
+        "trainer.window_steps=20", "trainer.basis.average_every_steps=1", f"trainer.read_out={read_out}"
+    )
+    kept = []
+
+    def rest_for_good(observation: Observation) -> PhaseDecision:
+        return replace(proposal(observation), phase=Phase.FULL, horizon_steps=0, next_window_steps=1000)
+
+    def look(loop: Loop) -> None:
+        assert loop.basis is not None
+        kept.append(loop.basis.averages.tensors()["memory"][0].item())
+
+    tiny_loop(ScriptedLinks(rest_for_good), settings, housekeeping=look).run()
+    first_decision = 28  # statistics 8, window 20
+    assert kept[-1] == (settings.trainer.steps if read_out == "average" else first_decision)
 
 
 @pytest.mark.parametrize(("after_seconds", "most_untold"), [(0.0, 0), (3600.0, 7)])

@@ -1,7 +1,8 @@
 """Which runs come next: a pure function of the plan and the runs that are there, so a race can stop anywhere.
 
     tune     every arm's trials at T0 with the tuning seed; first the arms that are wrapped
-    target   the best plain arm with all seeds at T0: the target is its median end
+    target   the best plain arm with all seeds at T0: the target is its median end; and at two thirds of T0,
+             to see that more steps still help (where they do not, a time to target means nothing)
     race     every arm at T0 with all seeds; decayed arms at the lengths that their search asks for,
              arms of constant rate once at the longest length, to be read while they go on
     time     every arm once more at T0 with all seeds: only these runs are timed (timing.py)
@@ -24,6 +25,7 @@ from trainer_node.race.plan import TUNING_SEED, Config, RacePlan
 from trainer_node.race.run_result import RunKey, RunResult
 from trainer_node.race.space import trial_config
 
+SHORTER_SHARE = 2 / 3
 LENGTHS_EXPECTED = 5  # visited by a search, as a guess for the time left
 
 
@@ -47,6 +49,7 @@ class Standing:
             ("tune", self._tuning_keys(wrapping=False)),
             ("tune", self._tuning_keys(wrapping=True)),
             ("target", self._target_keys()),
+            ("target", self._shorter_keys()),
             ("race", self._race_keys()),
             ("time", self._timing_keys()),
         ):
@@ -149,6 +152,16 @@ class Standing:
         if arm is None or config is None:
             return []
         return self._seed_keys(arm, config, self.plan.base_steps, "target")
+
+    def _shorter_keys(self) -> list[RunKey]:
+        """A length of the lattice, so that what it shows counts in the race too. None at a constant rate,
+        where the same run is read earlier."""
+        arm, lattice = self.reference_arm(), self.plan.lattice
+        config = self.tuned(arm) if arm is not None else None
+        if arm is None or config is None or arm.rule == "constant" or self.target() is None:
+            return []
+        two_thirds = round(math.log(SHORTER_SHARE) / math.log(lattice.ratio))
+        return self._seed_keys(arm, config, lattice.steps(max(lattice.low, two_thirds)), "race")
 
     def _race_keys(self) -> list[RunKey]:
         return [key for name in self.plan.arms for key in self._arm_keys(ARMS[name])]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from statistics import fmean
 
 from trainer_node.race.figures import ArmFigures, RaceFigures
 from trainer_node.race.statistics import Ratio, best_possible_coverage
@@ -95,7 +97,7 @@ def reservations(figures: RaceFigures) -> list[str]:
         )
     if race.trials <= 1:
         lines.append("One trial an arm: nothing was tuned, so differences may be those of a lucky setting.")
-    lines += _about_misses(figures)
+    lines += _about_overtraining(figures) + _about_misses(figures)
     if race.in_distribution:
         lines.append(
             f"Fitted on earlier runs of this very task (in-distribution): {', '.join(race.in_distribution)}."
@@ -103,6 +105,21 @@ def reservations(figures: RaceFigures) -> list[str]:
     if figures.missing:
         lines.append("Runs are missing (named below): every figure may still change.")
     return lines
+
+
+def _about_overtraining(figures: RaceFigures) -> list[str]:
+    """The crossing search takes for granted that a longer run ends lower."""
+    race, ends = figures.race, defaultdict(list)
+    for run in figures.runs.get(race.reference_arm, ()):
+        if run.key.planned_steps < race.base_steps:
+            ends[run.key.planned_steps].append(run.final.read_loss)
+    short = [steps for steps, losses in ends.items() if fmean(losses) <= (race.target or -math.inf)]
+    if not short:
+        return []
+    return [
+        f"{race.reference_arm} reaches the target on average with {min(short)} of {race.base_steps} steps"
+        " already: past the best length of a run a time to target means nothing. Race with fewer steps."
+    ]
 
 
 def _about_misses(figures: RaceFigures) -> list[str]:
