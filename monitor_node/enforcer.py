@@ -13,7 +13,15 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field, replace
 
-from common.messages import Alert, CheckpointRequest, MemoryOrder, Message, PhaseVeto, VramSample
+from common.messages import (
+    Alert,
+    CheckpointRequest,
+    MemoryAction,
+    MemoryOrder,
+    Message,
+    PhaseVeto,
+    VramSample,
+)
 from common.settings import MonitorSettings
 from monitor_node.thresholds import Level, LevelState, Limits, limits_of, next_level
 
@@ -63,7 +71,7 @@ def enforce(
     if level is not before:
         out.append(_alert("memory_level", _SEVERITY[level], text, step))
     if before is Level.NORMAL and level > before:
-        out.append(MemoryOrder(order_id=next_id(), action="cleanup", reason=text))
+        out.append(MemoryOrder(order_id=next_id(), action=MemoryAction.CLEANUP, reason=text))
     if level is Level.EMERGENCY and not state.checkpoint_asked:
         out.append(CheckpointRequest(request_id=next_id(), emergency=True, reason=text))
         new = replace(new, checkpoint_asked=True)

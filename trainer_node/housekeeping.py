@@ -16,7 +16,15 @@ import psutil
 import torch
 from torch import Tensor
 
-from common.messages import Alert, CheckpointRequest, Evaluation, MemoryOrder, Message, OrderDone
+from common.messages import (
+    Alert,
+    CheckpointRequest,
+    Evaluation,
+    MemoryAction,
+    MemoryOrder,
+    Message,
+    OrderDone,
+)
 from common.streams import TRAINER
 from trainer_node import ledger as purposes
 from trainer_node.checkpoint import Checkpoints
@@ -121,11 +129,13 @@ class Housekeeping:
         self._emit(Alert(node=TRAINER, severity="error", kind="diverged", text=text, step=loop.progress.step))
 
     def _obey(self, loop: Loop, order: CheckpointRequest | MemoryOrder) -> None:
-        before = held_bytes(loop.task.device)
+        before, done = held_bytes(loop.task.device), True
         if isinstance(order, CheckpointRequest):
             self.save(loop, emergency=order.emergency)
             detail = f"checkpoint at step {loop.progress.step}: {order.reason}"
             order_id = order.request_id
+        elif order.action is not MemoryAction.CLEANUP:
+            done, detail, order_id = False, f"{order.action} is not known here", order.order_id
         else:
             gc.collect()
             if loop.task.device.type == "cuda":
@@ -134,6 +144,7 @@ class Housekeeping:
         self._emit(
             OrderDone(
                 order_id=order_id,
+                done=done,
                 bytes_before=before,
                 bytes_after=held_bytes(loop.task.device),
                 detail=detail,

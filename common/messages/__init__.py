@@ -9,11 +9,15 @@ from common.messages.health import (
     Evaluation,
     HealthSample,
     Heartbeat,
+    Holder,
+    MemoryAction,
     MemoryOrder,
+    MemoryReport,
     Metric,
     NodeLost,
     OrderDone,
     PhaseVeto,
+    Reading,
     VramSample,
 )
 from common.messages.training import (
@@ -51,7 +55,10 @@ __all__ = [
     "GroupSpec",
     "HealthSample",
     "Heartbeat",
+    "Holder",
+    "MemoryAction",
     "MemoryOrder",
+    "MemoryReport",
     "Message",
     "Metric",
     "NodeLost",
@@ -62,6 +69,7 @@ __all__ = [
     "Phase",
     "PhaseDecision",
     "PhaseVeto",
+    "Reading",
     "RunEnded",
     "RunStarted",
     "Verdict",
@@ -72,7 +80,8 @@ Message = (
     RunStarted | Observation | Outcome | CheckpointWritten | RunEnded
     | PhaseDecision
     | PhaseVeto | MemoryOrder | CheckpointRequest
-    | OrderDone | Evaluation | VramSample | HealthSample | Alert | Heartbeat | NodeLost | DeadLetter
+    | OrderDone | Evaluation | VramSample | MemoryReport | HealthSample
+    | Alert | Heartbeat | NodeLost | DeadLetter
 )  # fmt: skip
 
 MESSAGE_TYPES: dict[str, type] = {kind.__name__: kind for kind in Message.__args__}

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
+
+
+class MemoryAction(enum.StrEnum):
+    """What the monitor may ask of the trainer's memory, mildest first. All but CLEANUP can be undone."""
+
+    CLEANUP = "cleanup"  # garbage collection and the allocator's cache
+    BASIS_BF16 = "basis-bf16"  # directions in half the memory
+    BASIS_HOST = "basis-host"  # directions and history in host memory
+    PREDICTION_OFF = "prediction-off"  # no basis, no snapshots, no proposals
+    HALVE_MICRO_BATCH = "halve-micro-batch"  # twice the micro-batches: the global batch stays
+    RECOMPUTE = "recompute"  # activations are computed again in the backward pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,8 +30,9 @@ class PhaseVeto:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryOrder:
     order_id: str
-    action: str  # "cleanup"
+    action: MemoryAction
     reason: str
+    undo: bool = False  # take the newest order of this action back
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +47,7 @@ class OrderDone:
     """The trainer's acknowledgement of a MemoryOrder or CheckpointRequest."""
 
     order_id: str
+    done: bool  # False: it could not be carried out, `detail` says why; the next milder state holds
     bytes_before: int | None  # memory the trainer held; None = unknown
     bytes_after: int | None
     detail: str
@@ -51,15 +65,53 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """One number of a sensor. Unknown is None with a reason, never zero."""
+
+    name: str  # e.g. "temperature", "power", "throttle", "recovery_action", "xid"
+    value: float | None
+    unit: str  # "C", "W", "1", ...
+    source: str  # the call that gave it
+    unknown_reason: str  # "" when known
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VramSample:
     """Memory of the device or process. Unknown is None with a reason, never zero."""
 
-    source: str  # "nvml", "rss"
+    source: str  # "nvml", "nvml-v1", "rss", "fake"
     device: str
     used_bytes: int | None
     total_bytes: int | None
     trainer_bytes: int | None
     unknown_reason: str  # "" when all is known
+    readings: tuple[Reading, ...] = ()  # what else the device says of itself
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Holder:
+    """Who holds memory: "weights", "optimizer", "gradients", "averages", "history", "snapshot", "rest"."""
+
+    name: str
+    num_bytes: int
+    place: str  # "device", "host", "disk"; on a CPU the device is host memory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryReport:
+    """The trainer's own side. Bytes on its device; None where the allocator does not say."""
+
+    step: int
+    occasion: str  # "interval", a phase that begins ("predict", "full", ...), "order", "out-of-memory"
+    allocated_bytes: int | None
+    reserved_bytes: int | None
+    inactive_split_bytes: int | None  # reserved, free and in pieces: fragmentation
+    peak_bytes: int | None  # highest allocation of one step since the last report
+    alloc_retries: int  # since the process began; rising = the allocator is thrashing
+    out_of_memory: int  # caught since the process began
+    micro_batch: int  # sequences or examples
+    accumulation: int  # micro-batches a step
+    holders: tuple[Holder, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ import pytest
 from common.bus import STREAM_START, Bus, Entry, EntryId
 from common.clock import FakeClock
 from common.memory_bus import MemoryBus, MemoryServer
-from common.messages import CheckpointRequest, DeadLetter, MemoryOrder, Message, RunEnded
+from common.messages import CheckpointRequest, DeadLetter, MemoryAction, MemoryOrder, Message, RunEnded
 from common.service import DEAD_BODY_BYTES
 from common.streams import HISTORY, MONITOR, ORDERS, notes_of
 from tests.common.small_node import (
@@ -281,10 +281,16 @@ def test_orders_are_not_notes(memory_bus: MemoryBus) -> None:
     node = Node(
         memory_bus,
         put_note=notes.append,
-        handlers={RunEnded: lambda message, entry: [MemoryOrder(order_id="1", action="cleanup", reason="")]},
+        handlers={
+            RunEnded: lambda message, entry: [
+                MemoryOrder(order_id="1", action=MemoryAction.CLEANUP, reason="")
+            ]
+        },
     )
     publish(memory_bus, 1)
     node.service.start(STREAM_START)
     node.settle()
     assert notes == []
-    assert published(memory_bus, ORDERS) == [MemoryOrder(order_id="1", action="cleanup", reason="")]
+    assert published(memory_bus, ORDERS) == [
+        MemoryOrder(order_id="1", action=MemoryAction.CLEANUP, reason="")
+    ]

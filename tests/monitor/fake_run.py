@@ -207,8 +207,11 @@ def fake_run(
         yield say(TRAINER, outcome(base, verdict, horizon_steps, loss=loss_at(base + 16, 0.0)))
         if turn % 12 == 7:
             reason = "memory level cleanup: 12.60 GiB used on GPU 0, threshold 12.00 GiB"
-            yield say(MONITOR, m.MemoryOrder(order_id=f"1.{turn}", action="cleanup", reason=reason))
+            yield say(
+                MONITOR, m.MemoryOrder(order_id=f"1.{turn}", action=m.MemoryAction.CLEANUP, reason=reason)
+            )
             yield say(TRAINER, m.OrderDone(
+                done=True,
                 order_id=f"1.{turn}", bytes_before=12_600_000_000, bytes_after=9_000_000_000, detail=""
             ))  # fmt: skip
             yield say(MONITOR, m.Alert(

@@ -88,7 +88,7 @@ def test_what_a_run_says_is_shown_as_text_and_never_run(browser: Browser, shown:
         fake.heartbeat(),
         m.Alert(node=ATTACK, severity="error", kind="x", text=ATTACK, step=1),
         m.PhaseVeto(veto_id="1", active=True, reason=ATTACK, valid_seconds=5.0),
-        m.MemoryOrder(order_id="1.1", action="cleanup", reason=ATTACK),
+        m.MemoryOrder(order_id="1.1", action=m.MemoryAction.CLEANUP, reason=ATTACK),
         fake.sample(None, reason=ATTACK),
         fake.decision(1, 5, reason=ATTACK),
         fake.outcome(1, m.Verdict.ACCEPTED),

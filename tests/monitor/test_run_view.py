@@ -152,8 +152,8 @@ def test_plain_values_are_json(value: Any) -> None:
 
 
 def test_an_order_shows_its_acknowledgement() -> None:
-    order = m.MemoryOrder(order_id="1.1", action="cleanup", reason="full")
-    done = m.OrderDone(order_id="1.1", bytes_before=9, bytes_after=4, detail="")
+    order = m.MemoryOrder(order_id="1.1", action=m.MemoryAction.CLEANUP, reason="full")
+    done = m.OrderDone(order_id="1.1", done=True, bytes_before=9, bytes_after=4, detail="")
     assert shown(fold(order))["orders"][0]["done"] is False
     row = shown(fold(order, done))["orders"][0]
     assert (row["done"], row["bytes_before"], row["bytes_after"]) == (True, 9, 4)
