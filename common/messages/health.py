@@ -79,7 +79,7 @@ class Reading:
 class VramSample:
     """Memory of the device or process. Unknown is None with a reason, never zero."""
 
-    source: str  # "nvml", "nvml-v1", "rss", "fake"
+    source: str  # "nvml", "nvml-v1", "host" (unified memory), "rss", "fake", "none" (no answer)
     device: str
     used_bytes: int | None
     total_bytes: int | None
