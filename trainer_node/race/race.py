@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -93,12 +93,16 @@ def _run_waves(ours: _Race, results: Results, workers: Workers, display: RaceDis
         display.begin(wave, _standing(ours, results).steps_ahead())
         orders = [_order(ours, key) for key in wave.keys]
         alone = wave.phase == "time"  # two runs share caches and memory: docs/lab-log.md has what that does
+        if alone and ours.runner is make_run:
+            orders = _by_seed(orders)
         for order, answer in workers.run(orders, may_start=ours.has_time, one_at_a_time=alone):
             if isinstance(answer, Failed):
-                _note_failure(ours, order.key, answer, display)
+                for failed in (order, *order.together):
+                    _note_failure(ours, failed.key, answer, display)
             else:
-                results.append(answer)
-                display.ended(order.key)
+                for result in answer if isinstance(answer, list) else [answer]:
+                    results.append(result)
+                    display.ended(result.key)
         if ours.failed and not results.by_identity:  # the machine's fault, or ours: more would not help
             reason = next(iter(ours.failed.values()))
             raise EnvironmentFault(f"no run succeeded: {reason}; see {_failures(ours)}")
@@ -109,6 +113,14 @@ def _run_waves(ours: _Race, results: Results, workers: Workers, display: RaceDis
         display.say(
             f"the budget of {ours.options.budget_minutes:g} minutes is spent; the same command goes on"
         )
+
+
+def _by_seed(orders: list[RunOrder]) -> list[RunOrder]:
+    """All arms of a seed take turns (together.py)."""
+    seeds: dict[int, list[RunOrder]] = {}
+    for order in orders:
+        seeds.setdefault(order.key.seed, []).append(order)
+    return [replace(first, together=tuple(rest)) for first, *rest in seeds.values()]
 
 
 def _standing(ours: _Race, results: Results) -> Standing:

@@ -31,10 +31,21 @@ class Spent:
 
 
 class Referee:
-    def __init__(self, task: Task, settings: TrainerSettings, clock: Clock, *, every_steps: int) -> None:
-        """`every_steps` is the grid of readings; the start and the end are always read."""
+    def __init__(
+        self,
+        task: Task,
+        settings: TrainerSettings,
+        clock: Clock,
+        *,
+        every_steps: int,
+        after_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`every_steps` is the grid of readings; the start and the end are always read.
+
+        `after_step` is called after each step (of ours: none on probation), e.g. to let another run go on.
+        """
         self.curve: list[CurvePoint] = []
-        self._task, self._clock = task, clock
+        self._task, self._clock, self._after_step = task, clock, after_step
         self._every_steps, self._steps = every_steps, settings.steps
         self._context = partial(autocast, task.device, settings.precision)
         self._batches = list(task.validation)
@@ -48,6 +59,7 @@ class Referee:
 
     def is_due(self, step: int) -> bool:
         """Whether a grid point has been reached since the last reading. The end is read by `read`."""
+        self._after_step()
         last_step = self.curve[-1].steps if self.curve else -1
         return step < self._steps and step // self._every_steps > last_step // self._every_steps
 

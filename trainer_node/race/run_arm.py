@@ -8,7 +8,7 @@ the same in all of them. Chooses nothing (plan.py) and keeps nothing (results.py
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from common.messages import Message
 from common.schedule import rate_factor
 from common.settings import RunSettings, TrainerSettings
 from trainer_node import ledger as purposes
-from trainer_node.assembly import build_loop, prepare_task, run_started
+from trainer_node.assembly import build_loop, choose_device, prepare_task, run_started
 from trainer_node.groups import parameter_groups
 from trainer_node.ledger import CHECK_PASSES, TRAIN_PASSES
 from trainer_node.loop import Loop
@@ -33,7 +33,9 @@ from trainer_node.race.machine import forget_peak, machine, peak_bytes
 from trainer_node.race.optimizers import METHODS, Method, MethodInput
 from trainer_node.race.referee import Referee, Spent
 from trainer_node.race.run_result import PhaseSpan, RunKey, RunResult
+from trainer_node.race.together import ThreadClock, run_together
 from trainer_node.race.trace import Trace
+from trainer_node.race.workers import RunOrder
 from trainer_node.read_out import weights_that_count
 from trainer_node.step import autocast, train_step
 from trainer_node.tasks import Task
@@ -49,6 +51,8 @@ def run_arm(
     data: str | None = "",
     eval_every_steps: int | None = None,
     predictor_state: str | Path | None = "",
+    clock: Clock | None = None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> RunResult:
     """Make the run that `key` names from the settings of its task.
 
@@ -65,7 +69,31 @@ def run_arm(
         data=data or "",
         state=str(predictor_state or ""),
     )
-    return run_task(key, settings, prepare_task(settings.trainer), eval_every_steps=eval_every_steps)
+    task = prepare_task(settings.trainer)
+    return run_task(
+        key, settings, task, eval_every_steps=eval_every_steps, clock=clock, after_step=after_step
+    )
+
+
+def run_arms_together(orders: Sequence[RunOrder]) -> list[RunResult]:
+    """Timed runs of one seed, taking turns; one after the other where a run is not one thread on a CPU."""
+
+    def run(
+        order: RunOrder, after_step: Callable[[], None] = lambda: None, clock: Clock | None = None
+    ) -> RunResult:
+        return run_arm(
+            order.key,
+            order.base,
+            eval_every_steps=order.eval_every_steps,
+            predictor_state=order.predictor_state,
+            clock=clock,
+            after_step=after_step,
+        )
+
+    trainer = orders[0].base.trainer
+    if trainer.threads != 1 or choose_device(trainer).type != "cpu":
+        return [run(order) for order in orders]
+    return run_together([partial(run, order, clock=ThreadClock()) for order in orders])
 
 
 def run_task(
@@ -76,12 +104,13 @@ def run_task(
     eval_every_steps: int | None = None,
     predictor: PredictorFactory = installed_predictor,
     clock: Clock | None = None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> RunResult:
     """The same with a task that is ready. `settings` are those of arms.run_settings."""
     arm, clock = arm_named(key.arm), clock or _clock_for(settings, task)
     share = CURVE_SHARES[arm.rule]
     every_steps = eval_every_steps or max(1, round(share * settings.trainer.steps))
-    referee = Referee(task, settings.trainer, clock, every_steps=every_steps)
+    referee = Referee(task, settings.trainer, clock, every_steps=every_steps, after_step=after_step)
     forget_peak(task.device)
     if arm.is_ours:
         return _run_ours(key, settings, task, referee, InProcessPredictor(predictor(), clock), clock)

@@ -39,6 +39,7 @@ class RunOrder:
     eval_every_steps: int | None  # between held-out readings; None = the arm's own choice
     predictor_state: Path | None = None  # for our arms, of a predictor that has seen earlier runs
     recording: Path | None = None  # an earlier run for that purpose: what the predictor saw goes there
+    together: tuple[RunOrder, ...] = ()  # to be made at the same time, taking turns: the answer is a list
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +50,16 @@ class Failed:
     details: str = ""  # stack trace, if there was one
 
 
-Runner = Callable[[RunOrder], RunResult]
-Answer = RunResult | Failed
+Runner = Callable[[RunOrder], "RunResult | list[RunResult]"]
+Answer = RunResult | list[RunResult] | Failed
 
 
-def make_run(order: RunOrder) -> RunResult:
+def make_run(order: RunOrder) -> RunResult | list[RunResult]:
     """The real runner. Loads torch, so only workers call it."""
-    from trainer_node.race.run_arm import run_arm
+    from trainer_node.race.run_arm import run_arm, run_arms_together
+
+    if order.together:
+        return run_arms_together((order, *order.together))
 
     if order.recording is not None:
         from trainer_node.race.earlier_runs import make_recorded_run

@@ -1,0 +1,93 @@
+"""Taking turns changes what a run costs on the clock of the wall, and nothing else."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from common.config import load_settings
+from trainer_node.race.run_arm import run_arm
+from trainer_node.race.run_result import RunKey, RunResult
+from trainer_node.race.together import TURN_STEPS, ThreadClock, run_together
+
+BASE = load_settings(
+    preset="race-digits",
+    overrides=[
+        "trainer.model.channels=4", "trainer.statistics_steps=8", "trainer.window_steps=6",
+        "trainer.probation_steps=6", "trainer.schedule.warmup_steps=4",
+    ],
+)  # fmt: skip
+ARMS = ("adamw-decay", "ours-random", "ours-fixed")
+
+
+def made(arm: str, after_step=lambda: None) -> RunResult:
+    key = RunKey(task="digits", arm=arm, config=(), planned_steps=60, seed=1, purpose="time")
+    return run_arm(key, BASE, clock=ThreadClock(), after_step=after_step)
+
+
+def ends(result: RunResult) -> tuple[object, ...]:
+    return [(p.steps, p.passes, p.loss) for p in result.curve], result.verdicts, result.cosines
+
+
+def test_runs_that_take_turns_end_as_they_do_alone() -> None:
+    together = run_together([lambda after, arm=arm: made(arm, after) for arm in ARMS])
+    assert [ends(result) for result in together] == [ends(made(arm)) for arm in ARMS]
+    assert any(dict(result.verdicts) for result in together), "no jump: the random state was not at stake"
+
+
+def test_each_run_is_charged_for_its_own_work_only() -> None:
+    alone = made("adamw-decay").final.trainer_seconds
+    first, second = run_together([lambda after: made("adamw-decay", after)] * 2)
+    for result in (first, second):
+        assert 0.0 < result.final.trainer_seconds < 1.8 * alone
+
+
+def test_turns_go_round_and_those_who_have_ended_are_left_out() -> None:
+    order: list[str] = []
+
+    def run(name: str, turns: int):
+        def go(after_step) -> str:
+            for _ in range(turns):
+                order.append(name)
+                for _ in range(TURN_STEPS):
+                    after_step()
+            return name
+
+        return go
+
+    assert run_together([run("a", 2), run("b", 4), run("c", 1)]) == ["a", "b", "c"]
+    assert "".join(order) == "abcabbb"
+
+
+def test_a_run_that_fails_does_not_stop_the_others_and_is_raised_at_the_end() -> None:
+    ended = []
+
+    def fails(after_step) -> None:
+        raise ValueError("no data")
+
+    def works(after_step) -> None:
+        for _ in range(3 * TURN_STEPS):
+            after_step()
+        ended.append(threading.current_thread())
+
+    with pytest.raises(ValueError, match="no data"):
+        run_together([works, fails, works])
+    assert len(ended) == 2
+
+
+def test_the_random_state_of_a_run_is_its_own() -> None:
+    def draws(seed: int):
+        def go(after_step) -> list[float]:
+            torch.manual_seed(seed)
+            found = []
+            for _ in range(4 * TURN_STEPS):
+                found.append(torch.rand(()).item())
+                after_step()
+            return found
+
+        return go
+
+    alone = [draws(seed)(lambda: None) for seed in (1, 2)]
+    assert run_together([draws(1), draws(2)]) == alone
