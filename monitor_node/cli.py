@@ -65,10 +65,15 @@ def _opened(redis_url: str | None, run_id: str) -> Bus:
     type=click.Path(path_type=Path),
     help="Write the page's address into this file.",
 )
+@click.option(
+    "--device",
+    metavar="auto|cpu|cuda|fake:SCRIPT",
+    help="Whose memory to watch; default: the run's. fake:demo plays every level without a GPU.",
+)
 @click.option("--stop-with-parent", is_flag=True, hidden=True)
 def serve(
     redis_url: str | None, run_id: str, http: str, record_file: Path | None, address_file: Path | None,
-    stop_with_parent: bool,
+    device: str | None, stop_with_parent: bool,
 ) -> None:  # fmt: skip
     """Watch a run until Ctrl-C: sample memory, give orders, serve the live page.
 
@@ -76,12 +81,14 @@ def serve(
     Examples:
       monitor-node serve --redis redis://localhost:6379 --run-id first --http 127.0.0.1:8080
       monitor-node serve --redis unix:///tmp/redis.sock --run-id first --record first.hpt
+      monitor-node serve --redis redis://localhost:6379 --run-id first --device fake:demo
     """
-    from monitor_node.device import choose_device
+    from monitor_node.device_choice import DeviceChoice
     from monitor_node.serve import PageAddress, Surroundings
     from monitor_node.serve import serve as serve_run
     from monitor_node.web import split_address
 
+    choose_device = DeviceChoice(device)
     page = None
     if http:
         host, port = split_address(http)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -16,9 +17,11 @@ import pytest
 
 from common import messages as m
 from common.bus import Bus
+from common.clock import SystemClock
+from common.follower import Follower, decoded
 from common.open_bus import open_bus
 from common.recording import messages_of, read_recording
-from common.streams import STREAMS
+from common.streams import MONITOR, STREAMS, notes_of
 from tests.faults import wait_until
 from tests.monitor import fake_run as fake
 
@@ -113,6 +116,11 @@ def test_status_without_a_server_exits_1() -> None:
         (["status", "--run-id", "x", "--redis", "embedded://"], "the run's address"),
         (["serve", "--run-id", "x", "--redis", "memory://x", "--http", "8080"], "127.0.0.1:8080"),
         (["serve", "--run-id", "x", "--redis", "memory://x", "--http", "203.0.113.1:80"], "--http HOST:PORT"),
+        (
+            ["serve", "--run-id", "x", "--redis", "memory://x", "--device", "gpu"],
+            "auto, cpu, cuda, fake:demo",
+        ),
+        (["serve", "--run-id", "x", "--redis", "memory://x", "--device", "fake:none"], "none: No such file"),
     ],
 )
 def test_bad_input_exits_2_and_names_the_cure(arguments: list[str], cure: str) -> None:
@@ -123,6 +131,27 @@ def test_bad_input_exits_2_and_names_the_cure(arguments: list[str], cure: str) -
 def test_a_password_is_never_printed(server_url: str) -> None:
     line = one_line(monitor("status", "--run-id", "x", "--redis", "redis://:geheim@127.0.0.1:1"), 1)
     assert "geheim" not in line
+
+
+@ON_ONE_SERVER
+def test_serve_plays_a_fake_device_instead_of_the_runs(
+    run: Bus, server_url: str, run_id: str, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    script = tmp_path / "card.fake"
+    script.write_text("device My card\ntotal 8 GiB\n0 25%\n0 temperature 70 C\n")
+    start("serve", "--redis", server_url, "--run-id", run_id, "--http", "", "--device", f"fake:{script}")
+    notes = Follower(run, (notes_of(MONITOR),), clock=SystemClock(), rng=random.Random(0))
+    seen: list[m.VramSample] = []
+
+    def is_seen() -> bool:
+        said = [message for _, message in decoded(notes.read(0.0))]
+        seen.extend(s for s in said if isinstance(s, m.VramSample) and s.source == "fake")
+        return bool(seen)
+
+    wait_until(is_seen, DEADLINE_SECONDS)
+    sample = seen[0]
+    assert (sample.device, sample.used_bytes, sample.total_bytes) == ("My card", 2 << 30, 8 << 30)
+    assert [(reading.name, reading.value) for reading in sample.readings] == [("temperature", 70.0)]
 
 
 @ON_ONE_SERVER

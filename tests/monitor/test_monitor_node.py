@@ -18,9 +18,10 @@ from common.log import NodeLog
 from common.memory_bus import MemoryBus, MemoryServer
 from common.publisher import Publisher
 from common.streams import MONITOR, TRAINER
-from monitor_node.device import Device, ProcessDevice, ScriptedDevice
+from monitor_node.device import Device, ScriptedDevice
 from monitor_node.feed import Feed
 from monitor_node.node import MonitorNode
+from monitor_node.process_device import ProcessDevice
 from monitor_node.serve import read_run
 from tests.monitor import fake_run as fake
 

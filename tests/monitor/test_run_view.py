@@ -166,10 +166,10 @@ def test_a_veto_is_shown_until_it_is_lifted() -> None:
 
 
 def test_memory_shows_level_and_thresholds_of_the_run() -> None:
-    page = shown(fold(fake.sample(13 << 30)))
+    page = shown(fold(fake.sample(12 << 30)))
     assert page["memory"]["level"] == "cleanup"
     assert page["memory"]["cleanup_bytes"] == 12 << 30
-    unknown = shown(fold(fake.sample(13 << 30), fake.sample(None)))["memory"]
+    unknown = shown(fold(fake.sample(12 << 30), fake.sample(None)))["memory"]
     assert (unknown["level"], unknown["used_bytes"], unknown["unknown_reason"]) == ("cleanup", None, "lost")
 
 
