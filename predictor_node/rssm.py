@@ -59,6 +59,14 @@ class Sizes:
         """Of one member: bins of the loss change, drift coefficients, refusal logit."""
         return self.bins + self.directions + 1
 
+    def rollout_starts(self, window_ticks: int) -> range:
+        """Ticks of a window from which it is imagined open loop."""
+        return range(ROLLOUT_STRIDE - 1, window_ticks - self.rollout_ticks, ROLLOUT_STRIDE)
+
+    def initial(self, count: int) -> Latent:
+        """Before the first tick."""
+        return Latent(torch.zeros(count, self.hidden), torch.zeros(count, self.code))
+
 
 class Latent(NamedTuple):
     hidden: Tensor  # (..., H) float32 in [-1, 1]
@@ -131,9 +139,6 @@ class Rssm(nn.Module):
         with torch.no_grad():
             self.act.bias[hidden : 2 * hidden] = -1.0  # at first a memory is kept
             self.head_bias[:, :, : sizes.bins] = self.two_hot.bell(BELL_WIDTH)
-
-    def initial(self, count: int) -> Latent:
-        return Latent(torch.zeros(count, self.sizes.hidden), torch.zeros(count, self.sizes.code))
 
     def _advance(self, latent: Latent, tick: int, recur: SharedProduct) -> Tensor:
         """The transition: hidden (B, H) of this tick from the latent of the one before.
@@ -229,7 +234,7 @@ class Rssm(nn.Module):
     def loss(self, batch: Batch, noise: Tensor) -> dict[str, Tensor]:
         """Scalars by name; "total" is what to minimise. `noise` (T, B, Z) ~ Exp(1)."""
         acted = self.acted(batch.actions, batch.going_on)
-        start = self.initial(batch.features.shape[1])
+        start = self.sizes.initial(batch.features.shape[1])
         latents, posterior = self.observe(start, acted, self.evidence(batch.features), batch.going_on, noise)
         prior = self.prior(latents.hidden)
         error = (self.decode(latents) - batch.features).square().sum(-1)
@@ -249,13 +254,10 @@ class Rssm(nn.Module):
         )
         return parts
 
-    def rollout_starts(self, window_ticks: int) -> range:
-        return range(ROLLOUT_STRIDE - 1, window_ticks - self.sizes.rollout_ticks, ROLLOUT_STRIDE)
-
     def _open_loop(self, batch: Batch, latents: Latent, acted: Tensor) -> dict[str, Tensor]:
         """Forecasts 1 to `rollout_ticks` ticks ahead; gradients go through the whole rollout and beyond."""
         ticks = self.sizes.rollout_ticks
-        starts_S = torch.tensor(self.rollout_starts(len(acted)), dtype=torch.int64)
+        starts_S = torch.tensor(self.sizes.rollout_starts(len(acted)), dtype=torch.int64)
         ahead_CS = starts_S + torch.arange(1, ticks + 1).unsqueeze(1)  # C ticks ahead, S starts
 
         def laid(x_TB: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -70,19 +71,28 @@ class WorldModel:
         """Two models with equal arguments are equal, and stay so under equal calls."""
         self.settings = settings
         self.sizes = Sizes(features=num_features, actions=NUM_ACTIONS, directions=num_directions)
-        self.rssm = Rssm(self.sizes, seed)
-        self.optimizer = torch.optim.AdamW(
-            self.rssm.parameters(), lr=settings.rate, weight_decay=settings.weight_decay, fused=True
-        )
+        self._seed = seed
         self.normaliser = Normaliser(num_features)
         self.episodes = Episodes(settings.capacity_ticks, num_features, num_directions)
         self.generator = torch.Generator().manual_seed(seed + 1)
-        self.live = self.rssm.initial(1)
+        self.live = self.sizes.initial(1)
         self.observed = 0  # ticks that `live` has seen or passed over
         self.updates = 0  # learned since the beginning
         width = self.sizes.hidden + self.sizes.code
         drawn = torch.randn(width, settings.context, generator=torch.Generator().manual_seed(PROJECTION_SEED))
         self._projection = drawn / width**0.5
+
+    @cached_property
+    def rssm(self) -> Rssm:
+        """Made when first asked for (5 to 9 ms): in a short run of a small job the world model sleeps."""
+        with torch.inference_mode(False):  # who asks first may only be looking; learning needs plain tensors
+            return Rssm(self.sizes, self._seed)
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.rssm.parameters(), lr=self.settings.rate, weight_decay=self.settings.weight_decay, fused=True
+        )
 
     @property
     def reference_loss(self) -> float:
@@ -106,7 +116,7 @@ class WorldModel:
         decode = sizes.embedding * (both + sizes.features)
         recur = (sizes.code + sizes.hidden) * 3 * sizes.hidden
         heads = sizes.members * sizes.member_width * (both + sizes.outputs)
-        starts = len(self.rssm.rollout_starts(settings.window_ticks))
+        starts = len(self.sizes.rollout_starts(settings.window_ticks))
         seen = settings.batch * settings.window_ticks * (self.flops_per_tick // 2 + prior + decode)
         imagined = settings.batch * starts * sizes.rollout_ticks * (recur + prior + decode + heads)
         return 6 * (seen + imagined)
@@ -115,7 +125,7 @@ class WorldModel:
         """Keep a tick. A first one makes the live latent forget; only `observe_latest` moves it on."""
         self.normaliser.update(self.episodes.append(tick))
         if self.episodes.newest("is_first"):
-            self.live = self.rssm.initial(1)
+            self.live = self.sizes.initial(1)
 
     def encode(self, encoded_F: np.ndarray) -> Tensor:
         """(F) symlog features -> (1, E): normalise and embed."""

@@ -184,7 +184,7 @@ def test_the_last_tick_of_a_rollout_teaches_the_tick_at_which_it_began(
 ) -> None:
     batch = batch_of(generator)
     batch.features.requires_grad_()
-    latents, _ = seen(rssm, batch, rssm.initial(B), noise_of(generator))
+    latents, _ = seen(rssm, batch, rssm.sizes.initial(B), noise_of(generator))
     start = Latent(latents.hidden[3], latents.code[3])
     imagined = rssm.imagine(start, rssm.act(batch.actions[4:12]))
     (gradient,) = torch.autograd.grad(imagined.hidden[-1].sum(), batch.features)

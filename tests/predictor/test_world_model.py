@@ -150,7 +150,7 @@ def test_the_live_latent_is_that_of_all_ticks_encoded_at_once() -> None:
         rssm = model.rssm
         evidence = rssm.evidence(torch.tensor(model.normaliser(columns["features"])))
         acted = rssm.acted(torch.tensor(columns["action"]), going_on)
-        latents, _ = rssm.observe(rssm.initial(1), acted, evidence, going_on)
+        latents, _ = rssm.observe(rssm.sizes.initial(1), acted, evidence, going_on)
     np.testing.assert_allclose(live.latent(full=True)[:256], latents.hidden[-1, 0].numpy(), atol=1e-5)
 
 
