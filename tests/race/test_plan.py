@@ -127,6 +127,16 @@ def test_all_seeds_of_an_arm_are_run_at_every_length_and_every_arm_at_the_base_l
     assert {arm for arm, steps in seeds_at if steps == plan.base_steps} == set(plan.arms)
 
 
+def test_no_arm_is_read_below_the_planned_length_where_another_is_not() -> None:
+    """Else equal runs cross at different steps: one interpolated from below, one at its first reading."""
+    plan = make_plan()
+    order, _ = run_all(plan)
+    shorter = {(k.arm, k.planned_steps) for k in order if k.planned_steps < plan.base_steps}
+    two_thirds = round(plan.base_steps * 2 / 3)
+    near = {arm for arm, steps in shorter if abs(steps - two_thirds) <= 0.1 * plan.base_steps}
+    assert near == {arm for arm in plan.arms if ARMS[arm].rule != "constant"}
+
+
 def test_the_crossing_is_the_smallest_length_whose_mean_end_passes() -> None:
     plan = make_plan()
     _, end = run_all(plan)

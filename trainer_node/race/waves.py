@@ -154,14 +154,20 @@ class Standing:
         return self._seed_keys(arm, config, self.plan.base_steps, "target")
 
     def _shorter_keys(self) -> list[RunKey]:
-        """A length of the lattice, so that what it shows counts in the race too. None at a constant rate,
-        where the same run is read earlier."""
-        arm, lattice = self.reference_arm(), self.plan.lattice
+        """The reference's, made with the target. None at a constant rate: the same run is read earlier."""
+        arm = self.reference_arm()
         config = self.tuned(arm) if arm is not None else None
         if arm is None or config is None or arm.rule == "constant" or self.target() is None:
             return []
+        return self._seed_keys(arm, config, self._shorter_steps, "race")
+
+    @property
+    def _shorter_steps(self) -> int:
+        """A length of the lattice. Every arm of a decayed rule is run at it: a crossing below the planned
+        length is interpolated from there, and an arm without it would be counted as reaching it later."""
+        lattice = self.plan.lattice
         two_thirds = round(math.log(SHORTER_SHARE) / math.log(lattice.ratio))
-        return self._seed_keys(arm, config, lattice.steps(max(lattice.low, two_thirds)), "race")
+        return lattice.steps(max(lattice.low, two_thirds))
 
     def _race_keys(self) -> list[RunKey]:
         return [key for name in self.plan.arms for key in self._arm_keys(ARMS[name])]
@@ -174,6 +180,7 @@ class Standing:
         keys = self._seed_keys(arm, config, plan.base_steps, "race")
         if arm.rule == "constant":
             return keys + self._seed_keys(arm, config, plan.lattice.longest_steps, "race")
+        keys += self._seed_keys(arm, config, self._shorter_steps, "race")
         state = self.crossing(arm)
         if isinstance(state, Found):
             state = self._around(arm, config, state) or state
