@@ -12,6 +12,7 @@ import contextlib
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from common import messages as m
@@ -25,11 +26,13 @@ from common.settings import MonitorSettings
 from common.streams import MONITOR, STREAMS
 from monitor_node.device import Device
 from monitor_node.divergence import DivergenceState
-from monitor_node.enforcer import EnforcerState, Setting, enforce, object_to_divergence
+from monitor_node.enforcer import EnforcerState, Seen, Setting, enforce, object_to_divergence
 from monitor_node.feed import Feed
+from monitor_node.health import HealthWatch
 from monitor_node.liveness import Watch
 from monitor_node.run_view import RunView
 from monitor_node.snapshot import as_dict
+from monitor_node.thresholds import LevelState
 
 _BLOCK_SECONDS = 0.2
 _FEED_SECONDS = 0.25
@@ -99,6 +102,7 @@ class MonitorNode:
         self._recorded_up_to = recorded_up_to
         self._enforcer = EnforcerState()
         self._told_excursions = 0
+        self._health = HealthWatch()
         self._due_seconds: dict[str, float] = {}
         self._away_since_seconds: float | None = None
 
@@ -138,8 +142,7 @@ class MonitorNode:
                 self._sample()
             self._object_to_divergence()
             if self._away_since_seconds is None:
-                for message in self.view.watch.changes(self._clock.monotonic()):
-                    self._outbox.put(message)
+                self._tell_changes()
         if self._is_due("feed", _FEED_SECONDS):
             self._publish_snapshot()
 
@@ -161,17 +164,27 @@ class MonitorNode:
 
     def _sample(self) -> None:
         preference = self.view.settings.trainer.device
+        if self._device is None:  # the first sample: go on at the level that a monitor before this one left
+            self._enforcer = replace(self._enforcer, memory=LevelState(level=self.view.level.level))
         if self._device is None or preference != self._device_preference:
             self._device, self._device_preference = self._choose_device(preference), preference
         if self.view.trainer_process is None and not self._device.is_gpu:
             return  # nothing to measure before the trainer says who it is
         sample = self._device.sample(self.view.trainer_process)
         self._outbox.put(sample)
-        self._enforcer, messages = enforce(
-            self._enforcer, sample, self._setting(), now_seconds=self._clock.monotonic(), step=self.view.step
-        )
+        now_seconds = self._clock.monotonic()
+        seen = Seen(sample=sample, facts=self.view.guard, step=self.view.step, now_seconds=now_seconds)
+        self._enforcer, messages = enforce(self._enforcer, seen, self._setting())
         for message in messages:
             self._outbox.put(message)
+
+    def _tell_changes(self) -> None:
+        """Of who lives, and of what goes wrong without a node failing."""
+        now_seconds = self._clock.monotonic()
+        for message in self.view.watch.changes(now_seconds):
+            self._outbox.put(message)
+        for alert in self._health.changes(self.view, now_seconds):
+            self._outbox.put(alert)
 
     def _object_to_divergence(self) -> None:
         """An Alert for each excursion, and a veto while one lasts: prediction pauses, training never does."""

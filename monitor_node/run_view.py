@@ -21,6 +21,7 @@ from monitor_node import divergence
 from monitor_node.device import TrainerProcess
 from monitor_node.divergence import DivergenceState
 from monitor_node.liveness import Watch
+from monitor_node.memory_facts import MemoryFacts
 from monitor_node.series import Curve, Strip
 from monitor_node.thresholds import LevelState, limits_of, next_level
 
@@ -76,6 +77,7 @@ class RunView:
     lost_steps: int = 0
     sample: m.VramSample | None = None
     level: LevelState = field(default_factory=LevelState)
+    guard: MemoryFacts = field(default_factory=MemoryFacts)
     veto: m.PhaseVeto | None = None
     dead_letters: int = 0
     divergence: DivergenceState = field(default_factory=DivergenceState)
@@ -123,12 +125,13 @@ class RunView:
                 self.checkpoint, self.checkpoint_at_unix_seconds = message, sent_unix_seconds
             case m.VramSample():
                 self._fold_sample(message, sent_unix_seconds)
+                self.guard.fold_sample(message, at_seconds)
             case m.Alert():
                 self.alerts.append(AlertRow(alert=message, at_unix_seconds=sent_unix_seconds))
             case m.HealthSample():
                 self.health[message.node] = message
             case _:
-                self._fold_order_or_fault(message, sent_unix_seconds)
+                self._fold_order_or_fault(message, sent_unix_seconds, at_seconds)
 
     @property
     def virtual_steps(self) -> int:
@@ -161,8 +164,11 @@ class RunView:
         self._undo_above(message.first_step)
         self._told_virtual_steps = 0
         self.step = message.first_step
+        self.guard.trainer_started()
 
     def _fold_observation(self, message: m.Observation) -> None:
+        if message.attempt > self.attempt and message.step <= self.step:
+            self._undo_above(message.step - 1)  # the trainer rolled back to a checkpoint
         self.step, self.attempt, self.phase = message.step, message.attempt, message.phase
         self.phases.add(message.step, message.phase.value)
         known = self.started is None or self.started.feature_version == features.VERSION
@@ -228,13 +234,17 @@ class RunView:
         if message.used_bytes is not None:
             self.memory.add(int(sent_unix_seconds), message.used_bytes)
 
-    def _fold_order_or_fault(self, message: m.Message, sent_unix_seconds: float) -> None:
+    def _fold_order_or_fault(self, message: m.Message, sent_unix_seconds: float, at_seconds: float) -> None:
         match message:
             case m.PhaseVeto():
                 self.veto = message if message.active else None
             case m.MemoryOrder() | m.CheckpointRequest():
                 self.orders.append(OrderRow(order=message, done=None, at_unix_seconds=sent_unix_seconds))
+                self.guard.fold_order(message, at_seconds)
+            case m.MemoryReport():
+                self.guard.fold_report(message)
             case m.OrderDone():
+                self.guard.fold_done(message)
                 for place, row in enumerate(self.orders):
                     if order_id_of(row.order) == message.order_id:
                         at = row.at_unix_seconds

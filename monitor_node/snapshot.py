@@ -11,13 +11,13 @@ import enum
 import math
 from typing import Any
 
-from common.messages import APPLIED_VERDICTS, CheckpointRequest, Verdict
+from common.messages import APPLIED_VERDICTS, Verdict
 from common.streams import NODES, TRAINER
 from monitor_node.divergence import Level
 from monitor_node.liveness import Liveness
-from monitor_node.run_view import OrderRow, ProposalRow, RunView, order_id_of
+from monitor_node.memory_snapshot import memory_section, order_row
+from monitor_node.run_view import ProposalRow, RunView
 from monitor_node.series import Curve, marker_of
-from monitor_node.thresholds import limits_of
 
 
 class RunStatus(enum.Enum):
@@ -53,8 +53,8 @@ def as_dict(view: RunView, *, now_seconds: float) -> dict[str, Any]:
         "counters": _counters(view),
         "proposals": [_proposal(row) for row in reversed(view.outcomes)],
         "nodes": [_node(view, node, now_seconds) for node in NODES],
-        "memory": _memory(view),
-        "orders": [_order(row) for row in reversed(view.orders)],
+        "memory": memory_section(view, now_seconds),
+        "orders": [order_row(row) for row in reversed(view.orders)],
         "alerts": [
             {
                 "severity": row.alert.severity,
@@ -202,22 +202,6 @@ def _node(view: RunView, node: str, now_seconds: float) -> dict[str, Any]:
     }
 
 
-def _memory(view: RunView) -> dict[str, Any]:
-    sample = view.sample
-    limits = limits_of(view.settings.monitor, sample.total_bytes) if sample else None
-    return {
-        "source": sample.source if sample else None,
-        "device": sample.device if sample else None,
-        "used_bytes": sample.used_bytes if sample else None,
-        "total_bytes": sample.total_bytes if sample else None,
-        "trainer_bytes": sample.trainer_bytes if sample else None,
-        "unknown_reason": sample.unknown_reason if sample else "no sample yet",
-        "level": view.level.level.label,
-        "cleanup_bytes": limits.cleanup_bytes if limits else None,
-        "emergency_bytes": limits.emergency_bytes if limits else None,
-    }
-
-
 def _divergence(view: RunView) -> dict[str, Any]:
     found = view.divergence
     return {
@@ -225,19 +209,6 @@ def _divergence(view: RunView) -> dict[str, Any]:
         "kinds": {name: kind.level.label for name, kind in sorted(found.kinds.items())},
         "excursions": found.excursions,
         "text": found.critical.text if found.critical else "",
-    }
-
-
-def _order(row: OrderRow) -> dict[str, Any]:
-    is_checkpoint = isinstance(row.order, CheckpointRequest)
-    return {
-        "order_id": order_id_of(row.order),
-        "action": "emergency checkpoint" if is_checkpoint else "cleanup",
-        "reason": row.order.reason,
-        "done": row.done is not None,
-        "bytes_before": row.done.bytes_before if row.done else None,
-        "bytes_after": row.done.bytes_after if row.done else None,
-        "detail": row.done.detail if row.done else None,
     }
 
 

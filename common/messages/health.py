@@ -111,6 +111,7 @@ class MemoryReport:
     out_of_memory: int  # caught since the process began
     micro_batch: int  # sequences or examples
     accumulation: int  # micro-batches a step
+    in_force: tuple[MemoryAction, ...]  # given up and not taken back; HALVE_MICRO_BATCH once a halving
     holders: tuple[Holder, ...]
 
 

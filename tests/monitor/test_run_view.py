@@ -94,6 +94,12 @@ def test_a_refused_jump_takes_its_steps_off_the_curves_and_counts_them_as_lost()
     assert page["progress"]["virtual_steps"] == 0
 
 
+def test_a_rollback_takes_its_steps_off_the_curves() -> None:
+    told = [fake.observation(step, 4.0) for step in (1, 2, 3, 4)]
+    again = [replace(fake.observation(step, 3.0), attempt=1) for step in (3, 4)]
+    assert fold(*told, *again).train.points() == [(1, 4.0), (2, 4.0), (3, 3.0), (4, 3.0)]
+
+
 def test_an_accepted_jump_counts_virtual_steps_until_a_resume_undoes_it() -> None:
     view = fold(
         fake.started(), fake.observation(100, 2.0), fake.decision(50, 10), fake.outcome(50, V.ACCEPTED)
@@ -166,10 +172,10 @@ def test_a_veto_is_shown_until_it_is_lifted() -> None:
 
 
 def test_memory_shows_level_and_thresholds_of_the_run() -> None:
-    page = shown(fold(fake.sample(13 << 30)))
+    page = shown(fold(fake.sample(12 << 30)))
     assert page["memory"]["level"] == "cleanup"
     assert page["memory"]["cleanup_bytes"] == 12 << 30
-    unknown = shown(fold(fake.sample(13 << 30), fake.sample(None)))["memory"]
+    unknown = shown(fold(fake.sample(12 << 30), fake.sample(None)))["memory"]
     assert (unknown["level"], unknown["used_bytes"], unknown["unknown_reason"]) == ("cleanup", None, "lost")
 
 

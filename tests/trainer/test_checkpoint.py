@@ -207,7 +207,8 @@ def test_a_run_whose_loss_is_lost_says_so_once_and_keeps_its_best_checkpoint(tmp
             with torch.no_grad():
                 next(iter(loop.task.model.parameters())).fill_(float("nan"))
 
-    loop = tiny_loop(links, tiny_settings("predictor.enabled=false"), housekeeping=poison)
+    settings = tiny_settings("predictor.enabled=false", "trainer.spikes.enabled=false")
+    loop = tiny_loop(links, settings, housekeeping=poison)
     housekeeping.begin(loop)
     loop.run()
     checkpoints.close()
