@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from common.messages import (
-    CheckpointRequest,
     MemoryAction,
-    MemoryOrder,
     MemoryReport,
+    Order,
     OrderDone,
     Reading,
     VramSample,
@@ -61,7 +60,7 @@ class MemoryFacts:
         self._retrying_reports = self._retrying_reports + 1 if is_retrying else 0
         self._counted = report
 
-    def fold_order(self, order: MemoryOrder | CheckpointRequest, at_seconds: float) -> None:
+    def fold_order(self, order: Order, at_seconds: float) -> None:
         self.book = order_book.ordered(self.book, order, at_seconds=at_seconds)
 
     def fold_done(self, done: OrderDone) -> None:

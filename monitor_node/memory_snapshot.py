@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from common.messages import CheckpointRequest
+from common.messages import CheckpointRequest, StopRequest
 from monitor_node.peak_forecast import next_peak_bytes, seconds_until
 from monitor_node.run_view import OrderRow, RunView, order_id_of
 from monitor_node.thresholds import limits_of
@@ -45,6 +45,8 @@ def order_row(row: OrderRow) -> dict[str, Any]:
     order, done = row.order, row.done
     if isinstance(order, CheckpointRequest):
         action, undo = "emergency checkpoint" if order.emergency else "checkpoint", False
+    elif isinstance(order, StopRequest):
+        action, undo = "stop", False
     else:
         action, undo = order.action.value, order.undo
     return {

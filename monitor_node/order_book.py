@@ -13,7 +13,15 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from common.messages import CheckpointRequest, MemoryAction, MemoryOrder, MemoryReport, OrderDone
+from common.messages import (
+    CheckpointRequest,
+    MemoryAction,
+    MemoryOrder,
+    MemoryReport,
+    Order,
+    OrderDone,
+    StopRequest,
+)
 
 HALVE = MemoryAction.HALVE_MICRO_BATCH
 _MAX_ANSWERS, _MAX_WAITING = 256, 256
@@ -27,9 +35,11 @@ class OrderBook:
     checkpoint_at_seconds: float | None = None  # when an emergency checkpoint was asked for last
 
 
-def ordered(book: OrderBook, order: MemoryOrder | CheckpointRequest, *, at_seconds: float = 0.0) -> OrderBook:
+def ordered(book: OrderBook, order: Order, *, at_seconds: float = 0.0) -> OrderBook:
     if isinstance(order, CheckpointRequest):
         return replace(book, checkpoint_at_seconds=at_seconds) if order.emergency else book
+    if isinstance(order, StopRequest):
+        return book
     return _settled(replace(book, waiting=(*book.waiting, order)[-_MAX_WAITING:]))
 
 

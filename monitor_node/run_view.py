@@ -48,7 +48,7 @@ class AlertRow:
 class OrderRow:
     """An order of the monitor and, once it came, the trainer's acknowledgement."""
 
-    order: m.MemoryOrder | m.CheckpointRequest
+    order: m.Order
     done: m.OrderDone | None
     at_unix_seconds: float
 
@@ -238,7 +238,7 @@ class RunView:
         match message:
             case m.PhaseVeto():
                 self.veto = message if message.active else None
-            case m.MemoryOrder() | m.CheckpointRequest():
+            case m.MemoryOrder() | m.CheckpointRequest() | m.StopRequest():
                 self.orders.append(OrderRow(order=message, done=None, at_unix_seconds=sent_unix_seconds))
                 self.guard.fold_order(message, at_seconds)
             case m.MemoryReport():
@@ -272,5 +272,5 @@ class RunView:
         self.alerts.append(AlertRow(alert=alert, at_unix_seconds=at_unix_seconds))
 
 
-def order_id_of(order: m.MemoryOrder | m.CheckpointRequest) -> str:
+def order_id_of(order: m.Order) -> str:
     return order.order_id if isinstance(order, m.MemoryOrder) else order.request_id

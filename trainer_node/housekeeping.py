@@ -18,10 +18,11 @@ from common.messages import (
     CheckpointRequest,
     Evaluation,
     HealthSample,
-    MemoryOrder,
     Message,
     Metric,
+    Order,
     OrderDone,
+    StopRequest,
 )
 from common.sealed_folder import folder_name
 from common.streams import TRAINER
@@ -204,12 +205,16 @@ class Housekeeping:
         text = f"the loss has not been finite for {LOST_STEPS} steps: stop, lower the learning rate{kept}"
         self._emit(Alert(node=TRAINER, severity="error", kind="diverged", text=text, step=loop.progress.step))
 
-    def _obey(self, loop: Loop, order: CheckpointRequest | MemoryOrder) -> None:
+    def _obey(self, loop: Loop, order: Order) -> None:
         before = held_bytes(loop.task.device)
         if isinstance(order, CheckpointRequest):
             self.save(loop, emergency=order.emergency)
             order_id = order.request_id
             result = Done(True, f"checkpoint at step {loop.progress.step}: {order.reason}")
+        elif isinstance(order, StopRequest):
+            loop.stop_requested = True
+            order_id = order.request_id
+            result = Done(True, f"stops at step {loop.progress.step}: {order.reason}")
         else:
             order_id, result = order.order_id, carry_out(loop, order.action, undo=order.undo)
         self._emit(

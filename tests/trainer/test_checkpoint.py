@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from common import sealed_folder
 from common.errors import CheckpointError
-from common.messages import Alert, CheckpointRequest, CheckpointWritten, Observation, OrderDone, Phase
+from common.messages import Alert, CheckpointRequest, CheckpointWritten, Observation, OrderDone, Phase, StopRequest
 from tests.trainer.test_loop import proposal
 from tests.trainer.tiny import ScriptedLinks, same_bits, tiny_loop, tiny_settings, weights_of
 from trainer_node import checkpoint
@@ -104,6 +104,21 @@ def test_only_the_newest_the_best_and_one_emergency_are_kept(tmp_path: Path) -> 
     assert len(ordinary) == 3
     assert [o.order_id for o in links.of(OrderDone)] == ["r", "r"]
     assert all(o.bytes_before > 0 and o.bytes_after > 0 for o in links.of(OrderDone))
+
+
+def test_a_request_to_stop_is_answered_and_ends_the_run_where_it_may_be_saved() -> None:
+    links = ScriptedLinks()
+    housekeeping = Housekeeping(links.emit, None)
+
+    def between(loop: Loop) -> None:
+        if loop.progress.step == 21:
+            links.orders.append(StopRequest(request_id="s", reason="from the page"))
+        housekeeping(loop)
+
+    loop = tiny_loop(links, tiny_settings(), housekeeping=between)
+    loop.run()
+    assert (loop.progress.step, loop.is_calm) == (21, True)
+    assert [(o.order_id, o.done) for o in links.of(OrderDone)] == [("s", True)]
 
 
 @pytest.fixture(scope="module")
