@@ -12,7 +12,15 @@ from safetensors.torch import load_file
 
 from common import sealed_folder
 from common.errors import CheckpointError
-from common.messages import Alert, CheckpointRequest, CheckpointWritten, Observation, OrderDone, Phase, StopRequest
+from common.messages import (
+    Alert,
+    CheckpointRequest,
+    CheckpointWritten,
+    Observation,
+    OrderDone,
+    Phase,
+    StopRequest,
+)
 from tests.trainer.test_loop import proposal
 from tests.trainer.tiny import ScriptedLinks, same_bits, tiny_loop, tiny_settings, weights_of
 from trainer_node import checkpoint
