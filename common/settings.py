@@ -266,6 +266,7 @@ class MonitorSettings:
     grow_back_steps: int = setting(
         200, "steps without pressure after which the newest memory order is taken back", low=1, high=1 << 40
     )
+    device: str = setting("", "whose memory: auto, cpu, cuda or fake:SCRIPT (fake:demo); empty = the run's")
     http: str = setting("127.0.0.1:0", "address of the live page; port 0 = any free one; empty = no page")
 
 

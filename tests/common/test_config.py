@@ -37,6 +37,8 @@ BAD_OVERRIDES = {
     "predictor.horizon_steps=[]": "set predictor.enabled = false",
     "predictor.horizon_steps=[0]": "must be at least 1",
     "monitor.silent_seconds=0.3": "must be above monitor.heartbeat_seconds",
+    "monitor.device=gpu": "write auto, cpu, cuda or fake:SCRIPT",
+    "monitor.device=cuda:1": "write auto, cpu, cuda or fake:SCRIPT",
     "monitor.http=nonsense": "write it as HOST:PORT",
     "monitor.http=127.0.0.1:99999": "write it as HOST:PORT",
 }
