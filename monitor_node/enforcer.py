@@ -2,9 +2,9 @@
 
 Level: thresholds.py; an allocator that frees its cache step after step counts as high. Which order is next:
 ladder.py. From the clean-up level on a PhaseVeto is renewed while it lasts, since a jump needs memory for
-its snapshot. A run that diverges is vetoed in the same way, so that one veto speaks for all reasons and none
-lifts another's. A GPU whose sensor stays unknown is vetoed too (blind is not safe); on a CPU unknown is only
-reported, because the operating system swaps before it kills.
+its snapshot. A run that diverges is vetoed in the same way, and one whose prediction a person paused, so that
+one veto speaks for all reasons and none lifts another's. A GPU whose sensor stays unknown is vetoed too
+(blind is not safe); on a CPU unknown is only reported, because the operating system swaps before it kills.
 Alerts: an error of the GPU (Xid), once for each number; a level that rises, pressure that is over, a sensor
 lost and found, memory that will be full soon (once, until the outlook has been good for ten minutes). Never
 touches weights, never stops training: every veto lapses by itself.
@@ -39,6 +39,7 @@ class EnforcerState:
     forecast_at_seconds: float | None = None  # when memory was last seen to fill up; None = not, or long ago
     memory_reason: str = ""  # for a veto; "" = none
     divergence_reason: str = ""  # the same of divergence.py
+    operator_reason: str = ""  # the same of the person at the page (actions.py)
     told_xids: frozenset[int] = frozenset()
     veto_reason: str = ""  # of the active veto; "" = none
     vetoed_at_seconds: float = 0.0
@@ -110,10 +111,17 @@ def object_to_divergence(
     return _renewed_veto(replace(state, divergence_reason=reason), setting, now_seconds=now_seconds)
 
 
+def pause_for_operator(
+    state: EnforcerState, reason: str, setting: Setting, *, now_seconds: float
+) -> tuple[EnforcerState, tuple[Message, ...]]:
+    """The same for a person's wish; `reason` is "" while nothing is paused."""
+    return _renewed_veto(replace(state, operator_reason=reason), setting, now_seconds=now_seconds)
+
+
 def _renewed_veto(
     state: EnforcerState, setting: Setting, *, now_seconds: float
 ) -> tuple[EnforcerState, tuple[Message, ...]]:
-    reason = state.memory_reason or state.divergence_reason
+    reason = state.memory_reason or state.divergence_reason or state.operator_reason
     renewal_due = now_seconds - state.vetoed_at_seconds >= RENEW_SECONDS
     veto_id = f"{setting.generation}.{state.orders + 1}"
     if reason and (renewal_due or not state.veto_reason):

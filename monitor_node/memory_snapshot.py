@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from common.messages import CheckpointRequest, StopRequest
+from monitor_node.order_log import OrderRow, order_id_of, order_text
 from monitor_node.peak_forecast import next_peak_bytes, seconds_until
-from monitor_node.run_view import OrderRow, RunView, order_id_of
+from monitor_node.run_view import RunView
 from monitor_node.thresholds import limits_of
 
 
@@ -43,15 +43,9 @@ def memory_section(view: RunView, now_seconds: float) -> dict[str, Any]:
 
 def order_row(row: OrderRow) -> dict[str, Any]:
     order, done = row.order, row.done
-    if isinstance(order, CheckpointRequest):
-        action, undo = "emergency checkpoint" if order.emergency else "checkpoint", False
-    elif isinstance(order, StopRequest):
-        action, undo = "stop", False
-    else:
-        action, undo = order.action.value, order.undo
     return {
         "order_id": order_id_of(order),
-        "action": f"undo {action}" if undo else action,
+        "action": order_text(order),
         "reason": order.reason,
         "at_unix_seconds": row.at_unix_seconds,
         "done": done is not None,  # answered: `refused` says how

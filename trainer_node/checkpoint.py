@@ -238,7 +238,7 @@ def put_tensors(loop: Loop, saved: Saved, folder: Path) -> None:
         tensor.copy_(tensors["model"][name])
     _load_optimizers(loop.optimizers, tensors["optimizer"], saved.optimizer_values)
     if is_basis_fresh:
-        loop.prediction.renew(loop.progress.phase)
+        loop.prediction.renew(saved.progress.phase)
     elif loop.basis is not None:
         loop.basis.load(tensors["basis"])
         loop.prediction.form(loop.memory)

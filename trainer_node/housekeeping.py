@@ -29,6 +29,7 @@ from common.streams import TRAINER
 from trainer_node import ledger as purposes
 from trainer_node.checkpoint import Checkpoints
 from trainer_node.checkpoint_clock import FIRST_STEPS, CheckpointClock, interval_steps
+from trainer_node.ledger import Ledger
 from trainer_node.loop import Loop
 from trainer_node.memory_orders import Done, carry_out
 from trainer_node.memory_report import ORDER, held_bytes, tell_shortage
@@ -40,6 +41,7 @@ from trainer_node.rollback import SpikeWatch
 from trainer_node.spikes import CHECK_STEPS
 from trainer_node.step import autocast
 
+ACCOUNT_SECONDS = 5.0  # between two accounts of where the time went
 LOST_STEPS = 8  # successive non-finite losses; a single one may pass
 
 
@@ -50,6 +52,7 @@ class Housekeeping:
         self._next_evaluation_step = 0
         self._next_checkpoint_step = 0
         self._clock = CheckpointClock()
+        self._next_account_seconds = 0.0
         self._spikes = SpikeWatch(emit, checkpoints)
         self.first_loss = math.nan
         self.last_loss = math.nan
@@ -84,6 +87,8 @@ class Housekeeping:
             if is_sound:
                 self.save(loop)
         self._watch_for_divergence(loop)
+        if loop.ledger.total_seconds >= self._next_account_seconds:
+            self._tell(loop, ())
         for order in loop.links.take_orders():
             self._obey(loop, order)
 
@@ -152,7 +157,13 @@ class Housekeeping:
                 train_seconds=loop.ledger.total_seconds,
             )
         )
-        self._emit(HealthSample(node=TRAINER, step=loop.progress.step, metrics=self._metrics(loop, output)))
+        self._tell(loop, self._metrics(loop, output))
+
+    def _tell(self, loop: Loop, metrics: tuple[Metric, ...]) -> None:
+        """These and where the time went."""
+        self._next_account_seconds = loop.ledger.total_seconds + ACCOUNT_SECONDS
+        account = time_account(loop.ledger, loop.generation)
+        self._emit(HealthSample(node=TRAINER, step=loop.progress.step, metrics=(*metrics, *account)))
 
     def _metrics(self, loop: Loop, output: OutputEntropy | None) -> tuple[Metric, ...]:
         """For monitor_node/health.py. What is not known is None, what does not apply is left out."""
@@ -249,3 +260,13 @@ class Housekeeping:
         self.best_loss = float(values["best_loss"])
         if self._checkpoints is not None:
             self._checkpoints.best_name = str(values["best_name"])
+
+
+def time_account(ledger: Ledger, generation: int) -> tuple[Metric, ...]:
+    """Wall seconds by purpose since the run began, over all its processes: for monitor_node/timing.py."""
+    seconds = {**ledger.wall_seconds, "total": ledger.total_seconds}
+    return (
+        *(Metric(name=f"wall_seconds_{name}", value=value, unit="s") for name, value in seconds.items()),
+        Metric(name="lost_steps", value=ledger.lost_steps, unit="steps"),
+        Metric(name="generation", value=generation, unit="1"),
+    )

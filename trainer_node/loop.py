@@ -155,7 +155,7 @@ class Loop:
             taken = self._steps.take(progress.step, progress.data_step, self._correction())
             self._note_step(progress, taken)
             shortage = self._observer.probe.shortage
-        except TornUpdate as error:
+        except (MemoryExhausted, TornUpdate) as error:
             if self._jump is None or self._jump.snapshot is None:
                 raise
             shortage = error.shortage
@@ -264,7 +264,7 @@ class Loop:
     # ---- where memory runs out ---------------------------------------------------------------
 
     def _retreat(self, shortage: OutOfMemory) -> None:
-        """In an update on probation, or where the directions are kept: back from the jump, at least."""
+        """In a step on probation, or where the directions are kept: back from the jump, at least."""
         is_basis_torn = self._observer.probe.shortage is not None
         if self._jump is not None and self._jump.snapshot is not None:
             self._settle(fail_jump(self.tools, self._jump, shortage))

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from common.errors import EnvironmentFault
 from common.messages import MemoryAction
 from trainer_node import recompute
 from trainer_node.memory_state import MemoryState
@@ -37,9 +38,15 @@ class Done:
 
 
 def carry_out(loop: Loop, action: MemoryAction, *, undo: bool) -> Done:
-    """The loop must be calm. Where memory runs out on the way, nothing is done; directions may be lost."""
+    """The loop must be calm.
+
+    Where the device, the host or the disk runs full on the way, nothing is done; directions may be lost.
+    """
     in_force = set(loop.memory.in_force)
-    result = attempt(lambda: _ACTIONS[action](loop, undo))
+    try:
+        result = attempt(lambda: _ACTIONS[action](loop, undo))
+    except EnvironmentFault as error:  # a store of directions or snapshots
+        result = OutOfMemory(str(error))
     if isinstance(result, OutOfMemory):
         release(loop.task.model.parameters())
         loop.memory.out_of_memory += 1
@@ -66,7 +73,9 @@ def put_in_force(loop: Loop, memory: MemoryState) -> None:
     loop.memory.halvings = memory.halvings
     loop.memory.in_force = set(memory.in_force)
     loop.memory.proposals_from_window = memory.proposals_from_window
-    recompute.set_recompute(loop.task.model, memory.is_recomputing)
+    if recompute.why_not(loop.task.model) != "":  # compiled here, and it was not there: nobody could undo it
+        loop.memory.in_force.discard(MemoryAction.RECOMPUTE)
+    recompute.set_recompute(loop.task.model, loop.memory.is_recomputing)
     if MemoryAction.PREDICTION_OFF in memory.in_force:
         loop.prediction.drop()
     loop.prediction.form(loop.memory)
@@ -116,7 +125,7 @@ def _basis_bf16(loop: Loop, undo: bool) -> Done:
 
 
 def _basis_host(loop: Loop, undo: bool) -> Done:
-    if loop.task.device.type == "cpu":
+    if loop.task.device.type == "cpu" and not undo:  # it may be in force by a checkpoint from a GPU
         return Done(False, "the device is a CPU: its memory is the host's")
     return _form(loop, MemoryAction.BASIS_HOST, undo)
 

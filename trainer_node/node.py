@@ -38,6 +38,7 @@ from trainer_node.links import DecisionSource, RecordedDecisions
 from trainer_node.loop import Loop
 from trainer_node.memory_report import MemoryReports
 from trainer_node.out_of_memory import MemoryExhausted
+from trainer_node.provenance import write_provenance
 from trainer_node.read_out import check_read_out
 from trainer_node.run_folder import RunFolder, newest_checkpoint
 from trainer_node.sinks import MetricSinks
@@ -178,6 +179,7 @@ class _Connection:
         )
         display.start_from(loop.ledger.verdicts, loop.ledger.virtual_steps, held_out)
         self._open.callback(display.close)
+        write_provenance(self._job.run.path)
         if task.tokenizer_path is not None:
             shutil.copyfile(task.tokenizer_path, self._job.run.tokenizer)
         self._open.callback(sinks.close)

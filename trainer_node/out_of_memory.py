@@ -45,6 +45,13 @@ class OutOfMemory:
 class MemoryExhausted(EnvironmentFault):
     """There is nothing left to give up. The state is that before the step, whole, and may be saved."""
 
+    def __init__(self, shortage: OutOfMemory) -> None:
+        self.shortage = shortage
+        super().__init__(
+            f"one sequence at a time does not fit into memory ({shortage.text}): take a smaller"
+            " trainer.model (context_tokens, width, layers) or a larger device"
+        )
+
 
 class TornUpdate(EnvironmentFault):
     """Memory ran out while weights were being written: they are of no step and must not be saved."""

@@ -189,9 +189,6 @@ class RealSteps:
             if self._memory.micro_batch(batch) > 1:
                 self._memory.halvings += 1
             elif not make_room():
-                raise MemoryExhausted(
-                    f"one sequence at a time does not fit into memory ({result.text}): take a smaller"
-                    " trainer.model (context_tokens, width, layers) or a larger device"
-                )
+                raise MemoryExhausted(result)
             sizes = f"{self._memory.accumulation(batch)} x {self._memory.micro_batch(batch)}"
             self._tell(result, f"the same batch was done again as {sizes}, no step is lost")

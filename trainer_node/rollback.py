@@ -12,18 +12,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.errors import CheckpointError
-from common.messages import Alert, Message
+from common.messages import Alert, MemoryAction, Message
 from common.sealed_folder import age_key
 from common.streams import TRAINER
 from trainer_node.checkpoint import Checkpoints, Saved, put_tensors, read
 from trainer_node.ledger import TRAIN_PASSES
 from trainer_node.loop import Loop
+from trainer_node.memory_orders import carry_out
+from trainer_node.memory_report import tell_shortage
+from trainer_node.out_of_memory import OutOfMemory, TornUpdate, attempt, release
 from trainer_node.spikes import CHECK_STEPS, CLEAR_STEPS, Spike, find_spike, is_in_bounds
 
 
@@ -120,12 +124,25 @@ def roll_back(loop: Loop, checkpoints: Checkpoints, spike: Spike) -> Rollback | 
     """
     for folder in _candidates(checkpoints.saved_until(loop.progress.step), loop, spike):
         try:
-            rollback = set_back(folder, loop)
+            rollback = _set_back_with_room(folder, loop)
         except CheckpointError:
             continue
         checkpoints.forget_newer(folder)
         return rollback
     return None
+
+
+def _set_back_with_room(folder: Path, loop: Loop) -> Rollback:
+    """A second time without the directions where memory runs out. Raises as `set_back`, and TornUpdate."""
+    rollback = attempt(partial(set_back, folder, loop))
+    if isinstance(rollback, OutOfMemory):
+        carry_out(loop, MemoryAction.PREDICTION_OFF, undo=False)
+        release(loop.task.model.parameters())
+        tell_shortage(loop, loop.report, rollback, "the directions were given up, prediction is off")
+        rollback = attempt(partial(set_back, folder, loop))
+    if isinstance(rollback, OutOfMemory):
+        raise TornUpdate(f"the way back to {folder.name}", rollback)
+    return rollback
 
 
 def _candidates(newest_first: list[Path], loop: Loop, spike: Spike) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,9 +25,12 @@ from trainer_node.memory_report import MemoryReports
 from trainer_node.model.gpt import GPT
 from trainer_node.tasks import Task
 
+# Every order collects garbage: what was imported by now (torch above all) need not be looked at each time.
+gc.freeze()
+
 CPU = torch.device("cpu")
 SMALL_GPT = (
-    "trainer.model.layers=3",
+    "trainer.model.layers=2",
     "trainer.model.width=16",
     "trainer.model.heads=2",
     "trainer.model.context_tokens=16",

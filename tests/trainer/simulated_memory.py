@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,15 +25,15 @@ class SimulatedMemory(TorchDispatchMode):
         self.budget_bytes = budget_bytes
         self.used_bytes = self.peak_bytes = self.raised = 0
         self.strike: Callable[[], bool] = lambda: False  # asked at every new storage: raise here?
-        self._alive: dict[int, int] = {}
+        self._alive: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
 
     def adopt(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             self._count(tensor.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        made = func(*args, **kwargs) if kwargs else func(*args)
+        for tensor in (made,) if isinstance(made, Tensor) else tree_leaves(made):
             if isinstance(tensor, Tensor) and self._count(tensor.untyped_storage()):
                 is_over = self.used_bytes > self.budget_bytes
                 if is_over or self.strike():
@@ -46,21 +47,20 @@ class SimulatedMemory(TorchDispatchMode):
         key, num_bytes = storage._cdata, storage.nbytes()
         if key in self._alive or num_bytes == 0:
             return False
-        self._alive[key] = num_bytes
+        self._alive[key] = (num_bytes, weakref.ref(storage, partial(self._free, key)))
         self.used_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-        weakref.finalize(storage, self._free, key)
         return True
 
-    def _free(self, key: int) -> None:
-        self.used_bytes -= self._alive.pop(key)
+    def _free(self, key: int, _: object) -> None:
+        self.used_bytes -= self._alive.pop(key)[0]
 
 
 def within(*names: str) -> bool:
     """Whether files or functions of all these names are at work now."""
-    frame, found = sys._getframe(1), set()
-    while frame is not None:
+    frame, missing = sys._getframe(1), set(names)
+    while frame is not None and missing:
         code = frame.f_code
-        found |= {name for name in names if name == code.co_name or code.co_filename.endswith(f"/{name}")}
+        missing -= {code.co_name, code.co_filename.rpartition("/")[2]}
         frame = frame.f_back  # type: ignore[assignment]
-    return len(found) == len(names)
+    return not missing

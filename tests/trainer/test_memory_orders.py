@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import EnvironmentFault
 from common.messages import (
     MemoryAction,
     MemoryReport,
@@ -26,6 +27,7 @@ from trainer_node import recompute
 from trainer_node.memory_orders import carry_out, put_in_force
 from trainer_node.memory_report import holders
 from trainer_node.memory_state import MemoryState, memory_state_from_json
+from trainer_node.snapshot import MemoryStore
 
 A = MemoryAction
 PLAIN = "predictor.enabled=false"
@@ -128,7 +130,7 @@ def test_halving_leaves_the_samples_of_every_step_and_their_order_as_they_were()
 
 @pytest.mark.parametrize("sequences", [1, 2, 5, 7, 8, 12])
 def test_a_micro_batch_is_halved_down_to_one_and_never_to_nothing(sequences: int) -> None:
-    settings = gpt_settings(PLAIN, f"trainer.batch.sequences={sequences}", "trainer.steps=12")
+    settings = gpt_settings(PLAIN, f"trainer.batch.sequences={sequences}", "trainer.steps=5")
     scene = Uncounted(settings)
     while carry_out(scene.loop, A.HALVE_MICRO_BATCH, undo=False).done:
         assert scene.loop.memory.halvings < 10
@@ -279,6 +281,9 @@ def test_on_a_cpu_the_host_is_no_other_place() -> None:
     done = carry_out(scene.loop, A.BASIS_HOST, undo=False)
     assert not done.done
     assert "host" in done.detail
+    scene.loop.memory.in_force.add(A.BASIS_HOST)  # as a checkpoint from a GPU leaves it
+    assert carry_out(scene.loop, A.BASIS_HOST, undo=True).done
+    assert scene.loop.memory.in_force == set()
 
 
 def test_an_order_may_be_given_twice_and_changes_nothing_the_second_time() -> None:
@@ -315,6 +320,27 @@ def test_where_memory_runs_out_on_the_way_the_order_is_not_done_and_training_goe
     assert scene.memory.raised == 1
 
 
+@pytest.mark.parametrize("action", [A.BASIS_BF16, A.PREDICTION_OFF])
+def test_a_host_or_disk_without_room_costs_the_order_and_not_the_run(
+    action: MemoryAction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To grow again takes room in the stores of directions and snapshots as well."""
+
+    def full(store: MemoryStore, tensors: object) -> None:
+        raise EnvironmentFault("no snapshot: no space left")
+
+    scene = Uncounted(gpt_settings("trainer.steps=16"))
+    assert carry_out(scene.loop, action, undo=False).done
+    monkeypatch.setattr(MemoryStore, "save", full)
+    done = carry_out(scene.loop, action, undo=True)
+    assert not done.done
+    assert "no space left" in done.detail
+    monkeypatch.undo()
+    assert A.PREDICTION_OFF in scene.loop.memory.in_force
+    assert scene.run().loop.progress.step == 16
+    assert carry_out(scene.loop, A.PREDICTION_OFF, undo=True).done
+
+
 # ---- what is in force survives -------------------------------------------------------------------
 
 
@@ -323,6 +349,12 @@ def test_what_is_in_force_passes_through_json() -> None:
     again = memory_state_from_json(json.loads(json.dumps(state.to_json())))
     assert again == state
     assert memory_state_from_json({}) == MemoryState()
+
+
+def test_what_cannot_be_in_force_here_is_not_put_into_force() -> None:
+    loop = tiny_loop(ScriptedLinks(), tiny_settings())
+    put_in_force(loop, MemoryState(halvings=1, in_force={A.RECOMPUTE, A.BASIS_BF16}))
+    assert loop.memory.given_up == (A.BASIS_BF16, A.HALVE_MICRO_BATCH)
 
 
 def test_a_fresh_loop_is_put_under_what_was_in_force() -> None:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common import sealed_folder
-from common.messages import CheckpointRequest, CheckpointWritten, MemoryAction, OrderDone
+from common.messages import Alert, CheckpointRequest, CheckpointWritten, MemoryAction, OrderDone
 from tests.trainer.memory_scene import Scene, gpt_settings, ordered
 from tests.trainer.simulated_memory import SimulatedMemory, within
 from tests.trainer.tiny import ScriptedLinks, same_bits, tiny_loop, tiny_settings, weights_of
@@ -27,10 +27,11 @@ from trainer_node.checkpoint import Checkpoints
 from trainer_node.housekeeping import Housekeeping
 from trainer_node.memory_orders import carry_out
 from trainer_node.node import TrainerJob, run_trainer
-from trainer_node.out_of_memory import MemoryExhausted
-from trainer_node.rollback import set_back
+from trainer_node.out_of_memory import MemoryExhausted, TornUpdate
+from trainer_node.rollback import roll_back, set_back
 from trainer_node.run_folder import RunFolder
 from trainer_node.snapshot import optimizer_tensors
+from trainer_node.spikes import Spike
 
 A = MemoryAction
 Uncounted = partial(Scene, is_counted=False)
@@ -62,12 +63,11 @@ GIVEN_UP = [
 def test_a_resumed_run_goes_on_bit_for_bit_with_what_was_in_force(
     actions: tuple[MemoryAction, ...], tmp_path: Path
 ) -> None:
-    whole = scene_with_checkpoints(
-        tmp_path, "trainer.model.dropout=0.1", at={10: ordered(*actions), 17: save}
-    )
+    overrides = ("trainer.model.dropout=0.1", "trainer.steps=28")  # an end of a window on either side
+    whole = scene_with_checkpoints(tmp_path, *overrides, at={10: ordered(*actions), 17: save})
     whole.run()
     (folder,) = sealed_folder.folders(tmp_path)
-    resumed = Uncounted(gpt_settings("trainer.model.dropout=0.1"))
+    resumed = Uncounted(gpt_settings(*overrides))
     checkpoint.load(folder, resumed.loop)
     assert resumed.loop.progress.step == 17
     assert resumed.loop.memory.to_json() == json.loads((folder / "state.json").read_text())["memory"]
@@ -106,7 +106,7 @@ def test_a_checkpoint_from_before_there_were_orders_can_be_resumed(tmp_path: Pat
 def test_a_rollback_keeps_what_is_in_force_now_whatever_was_then(
     then: tuple[MemoryAction, ...], now: tuple[MemoryAction, ...], tmp_path: Path
 ) -> None:
-    scene = scene_with_checkpoints(tmp_path, "trainer.steps=60")
+    scene = scene_with_checkpoints(tmp_path, "trainer.steps=30")
     scene.at = {9: ordered(*then), 16: save, 18: ordered(*then, undo=True), 21: ordered(*now)}
     at_checkpoint: list[Tensor] = []
     scene.at[17] = lambda s: at_checkpoint.extend(weights_of(s.loop))
@@ -120,12 +120,46 @@ def test_a_rollback_keeps_what_is_in_force_now_whatever_was_then(
         if scene.loop.basis is not None:
             is_bf16 = any(t.dtype is torch.bfloat16 for t in scene.loop.basis.tensors().values())
             assert is_bf16 == (A.BASIS_BF16 in now)
+            if A.PREDICTION_OFF in then:  # made anew here: warm one whole window from here on
+                phase = scene.loop.progress.phase
+                assert scene.loop.memory.proposals_from_window == phase.windows + 2
         scene.at.clear()
 
     scene.at[27] = back
     scene.run()
-    assert scene.loop.progress.step == 60
+    assert scene.loop.progress.step == 30
     assert all(o.done for o in scene.links.of(OrderDone))
+
+
+@pytest.mark.parametrize(("shortages", "place"), [(1, "put_tensors"), (2, "_check_finite")])
+def test_a_way_back_without_memory_costs_the_directions_and_at_worst_ends_the_run_in_words(
+    shortages: int, place: str, tmp_path: Path
+) -> None:
+    scene = scene_with_checkpoints(tmp_path, "trainer.steps=24", at={10: ordered(A.BASIS_BF16), 16: save})
+    scene.at[17] = ordered(A.BASIS_BF16, undo=True)
+    at_checkpoint: list[Tensor] = []
+
+    def back(scene: Scene) -> None:
+        scene.at.clear()
+        spike = Spike(first_step=20, loss=9.0, usual_loss=2.0)
+        with SimulatedMemory() as memory:
+            memory.strike = lambda: memory.raised < shortages and within(place)
+            roll_back(scene.loop, scene.housekeeping._checkpoints, spike)
+        assert scene.loop.progress.step == 16
+        at_checkpoint.extend(weights_of(scene.loop))
+
+    scene.at[21] = back
+    if shortages == 2:
+        with pytest.raises(TornUpdate, match="the way back to step-00000016"):
+            scene.run()
+        return
+    scene.run()
+    assert scene.loop.memory.in_force == {A.PREDICTION_OFF}
+    assert [a.kind for a in scene.links.of(Alert)] == ["out_of_memory"]
+    saved = load_file(sealed_folder.folders(tmp_path)[0] / "model.safetensors")
+    names = [name for name, _ in scene.task.model.named_parameters()]
+    assert same_bits(at_checkpoint, [saved[name] for name in names])
+    assert scene.loop.progress.step == 24
 
 
 # ---- the emergency checkpoint --------------------------------------------------------------------

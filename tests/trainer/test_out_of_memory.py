@@ -108,10 +108,10 @@ def test_a_shortage_on_probation_costs_neither_the_step_nor_the_jump() -> None:
     settings = gpt_settings("trainer.verify.tolerance=100.0", "trainer.steps=26")
     scene = Scene(settings, links=links)
     scene.memory.strike = lambda: (
-        within("make_gradients", "backward")
-        and scene.memory.raised == 0
+        scene.memory.raised == 0
         and scene.loop._jump is not None
         and len(scene.loop._jump.step_seconds) == 2
+        and within("make_gradients", "backward")
     )
     scene.run()
     assert scene.memory.raised == 1
@@ -176,6 +176,22 @@ def test_at_the_floor_blocks_recompute_then_prediction_goes_and_then_the_run_end
     assert state_of(scene.loop) == before[0]
 
 
+def test_a_step_on_probation_that_does_not_fit_at_all_costs_the_jump_and_not_the_run() -> None:
+    links = ScriptedLinks(answer=lambda o: proposal(o, drift=0.1) if o.step == 14 and not o.attempt else None)
+    settings = gpt_settings("trainer.steps=24")
+    scene = Scene(settings, links=links)
+    scene.memory.strike = lambda: (
+        scene.loop._jump is not None and len(scene.loop._jump.step_seconds) == 3 and within("make_gradients")
+    )
+    scene.run()
+    failed = next(o for o in links.of(Outcome) if o.verdict is Verdict.FAILED)
+    assert (failed.base_step, failed.lost_steps) == (14, 3)
+    assert scene.loop.memory.micro_batch(settings.trainer.batch) == 1
+    assert scene.loop.memory.in_force == set()
+    assert scene.loop.progress.step == 24
+    np.testing.assert_allclose(scene.losses, Uncounted(settings).run().losses, rtol=1e-4)
+
+
 def test_a_run_that_ends_for_lack_of_memory_comes_to_rest_before_the_jump() -> None:
     scene = Scene(gpt_settings(), links=ScriptedLinks(answer=lambda o: proposal(o, drift=0.1)))
     at_point: list[list[bytes]] = []
@@ -185,10 +201,11 @@ def test_a_run_that_ends_for_lack_of_memory_comes_to_rest_before_the_jump() -> N
         return proposal(observation, drift=0.1)
 
     scene.links.answer = answer
-    scene.memory.strike = lambda: within("make_gradients") and scene.loop._jump is not None
+    scene.memory.strike = lambda: bool(at_point) and within("make_gradients")
     with pytest.raises(MemoryExhausted):
         scene.run()
-    assert scene.links.of(Outcome)[-1].verdict is Verdict.ABORTED
+    assert [o.verdict for o in scene.links.of(Outcome)] == [Verdict.FAILED]
+    assert scene.loop.progress.step == 14
     assert scene.loop.is_calm
     assert [bits(w) for w in weights_of(scene.loop)] == at_point[0]
 
@@ -244,11 +261,11 @@ def test_a_jump_without_memory_fails_and_leaves_no_bit_behind(place: str, chunks
     links = ScriptedLinks(answer=lambda o: answer(o) if not o.attempt else None)
     scene = Scene(gpt_settings("trainer.steps=30", "trainer.verify.tolerance=100.0"), links=links)
     # From here on, all of it: a check that is done again in smaller pieces must not fit either.
-    names, is_over = JUMP_PLACES[place], [False]
+    names = JUMP_PLACES[place]
 
     def strike() -> bool:
-        is_over[0] = is_over[0] or any(o.verdict is Verdict.FAILED for o in links.of(Outcome))
-        return not is_over[0] and within(*names) and not within("fail_jump")
+        is_over = scene.loop.progress.step < 14 or scene.loop.ledger.verdicts[Verdict.FAILED] > 0
+        return not is_over and within(*names) and not within("fail_jump")
 
     scene.memory.strike = strike
     scene.run()
@@ -274,7 +291,7 @@ def test_a_jump_in_parts_whose_second_part_does_not_fit_is_undone_whole() -> Non
     seen: list[int] = []
 
     def strike() -> bool:
-        if not within("parts.py", "move") or seen[1:]:
+        if scene.loop.progress.step != 14 or seen[1:] or not within("parts.py", "move"):
             return False
         if not within("sampled"):
             return bool(seen) and (seen.append(2) or True)
@@ -334,7 +351,7 @@ def test_directions_lost_on_probation_take_the_jump_with_them() -> None:
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: can't allocate memory"),
-    MemoryExhausted("one sequence at a time does not fit"),
+    MemoryExhausted(OutOfMemory("CUDA out of memory.")),
 ])  # fmt: skip
 def test_every_kind_of_shortage_is_known(error: Exception) -> None:
     def work() -> None:
