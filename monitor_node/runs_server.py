@@ -30,9 +30,7 @@ from common.clock import Clock, SystemClock
 from common.errors import EnvironmentFault
 from monitor_node.page_files import file_routes
 from monitor_node.runs import Run, RunsFolder, plain_text, settings_that_differ
-from monitor_node.web import STOP_SECONDS, hosts_for
-from monitor_node.web import _bind as bind
-from monitor_node.web import _Guard as Guard
+from monitor_node.web import STOP_SECONDS, Guard, bound_socket, hosts_for
 
 READ_SECONDS = 1.0
 COLUMNS = (
@@ -132,7 +130,7 @@ class ComparePage:
     def __init__(self, runs_dir: Path, *, host: str, port: int, clock: Clock | None = None) -> None:
         """Raises UserError without such a folder or such an address. Port 0 takes any free one."""
         table = RunsTable(RunsFolder(runs_dir), clock or SystemClock())
-        self._socket = bind(host, port)
+        self._socket = bound_socket(host, port)
         bound_host, bound_port = self._socket.getsockname()[:2]
         self.url = f"http://{f'[{bound_host}]' if ':' in bound_host else bound_host}:{bound_port}"
         app = build_app(table, allowed_hosts=hosts_for(host, bound_host))

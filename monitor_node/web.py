@@ -74,7 +74,7 @@ def build_app(
     ]
     app = Starlette(routes=routes)
     app.router.redirect_slashes = False  # what is not on the list is not there, with or without a slash
-    return _Guard(app, allowed_hosts)
+    return Guard(app, allowed_hosts)
 
 
 class Metrics:
@@ -115,7 +115,7 @@ class PageServer:
         """Raises UserError when the address cannot be bound. Port 0 takes any free one. Without a token,
         or nobody to take the `actions`, the page is read-only.
         """
-        self._socket = _bind(host, port)
+        self._socket = bound_socket(host, port)
         bound_host, bound_port = self._socket.getsockname()[:2]
         self.url = f"http://{f'[{bound_host}]' if ':' in bound_host else bound_host}:{bound_port}"
         self._streams = EventStreams(feed)
@@ -170,7 +170,7 @@ def hosts_for(host: str, bound_host: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-class _Guard:
+class Guard:
     """Refuses foreign Host headers and adds the safety headers to every answer."""
 
     def __init__(self, app: ASGIApp, allowed_hosts: Sequence[str]) -> None:
@@ -197,7 +197,7 @@ class _Guard:
         return name in self._allowed_hosts or ("*ip" in self._allowed_hosts and _is_address(name))
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bound_socket(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family)

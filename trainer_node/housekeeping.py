@@ -7,9 +7,10 @@ state (when is what due, which checkpoint is best) travels in the checkpoint.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -33,7 +34,7 @@ from trainer_node.ledger import Ledger
 from trainer_node.loop import Loop
 from trainer_node.memory_orders import Done, carry_out
 from trainer_node.memory_report import ORDER, held_bytes, tell_shortage
-from trainer_node.out_of_memory import attempt, release
+from trainer_node.out_of_memory import OutOfMemory, attempt, release
 from trainer_node.output_entropy import OutputEntropy, measure_output
 from trainer_node.progress import full_step_seconds
 from trainer_node.read_out import copy_of_parameters, put_parameters, weights_that_count
@@ -42,6 +43,7 @@ from trainer_node.spikes import CHECK_STEPS
 from trainer_node.step import autocast
 
 ACCOUNT_SECONDS = 5.0  # between two accounts of where the time went
+_T = TypeVar("_T")
 LOST_STEPS = 8  # successive non-finite losses; a single one may pass
 
 
@@ -107,28 +109,36 @@ class Housekeeping:
 
     def end(self, loop: Loop, *, emergency: bool) -> None:
         """The last held-out loss (unless in a hurry) and the last checkpoint; the model keeps what counts."""
-        averaged = None
-        if not emergency:
-            with weights_that_count(loop) as is_average:
-                self._evaluate_in_place(loop)
-                averaged = copy_of_parameters(loop.task.model) if is_average else None
+        averaged = None if emergency else self._if_there_is_room(loop, partial(self._last_reading, loop))
         self.save(loop, emergency=emergency, read_out=averaged)
         if averaged is not None:
             put_parameters(loop.task.model, averaged)
         if self._checkpoints is not None:
             self._checkpoints.close()
 
+    def _last_reading(self, loop: Loop) -> dict[str, Tensor] | None:
+        """The averaged weights, if they are those that count."""
+        with weights_that_count(loop) as is_average:
+            self._if_there_is_room(loop, partial(self._measure, loop))
+            return copy_of_parameters(loop.task.model) if is_average else None
+
     def evaluate(self, loop: Loop) -> None:
         """The held-out loss of the weights that count."""
-        with weights_that_count(loop):
-            self._evaluate_in_place(loop)
 
-    def _evaluate_in_place(self, loop: Loop) -> None:
+        def measure() -> None:
+            with weights_that_count(loop):
+                self._measure(loop)
+
+        self._if_there_is_room(loop, measure)
+
+    def _if_there_is_room(self, loop: Loop, work: Callable[[], _T]) -> _T | None:
         """Left out where there is no memory for it: training goes on, and the loss before stands."""
-        shortage = attempt(partial(self._measure, loop))
-        if shortage is not None:
-            release(loop.task.model.parameters())
-            tell_shortage(loop, loop.report, shortage, "this evaluation was left out")
+        result = attempt(work)
+        if not isinstance(result, OutOfMemory):
+            return result
+        release(loop.task.model.parameters())
+        tell_shortage(loop, loop.report, result, "this evaluation was left out")
+        return None
 
     def _measure(self, loop: Loop) -> None:
         task = loop.task
@@ -185,9 +195,10 @@ class Housekeeping:
 
     def save(
         self, loop: Loop, *, emergency: bool = False, read_out: Mapping[str, Tensor] | None = None
-    ) -> None:
+    ) -> bool:
+        """Whether there is a checkpoint of this state now; if not, an alert says why."""
         if self._checkpoints is None:
-            return
+            return False
         with loop.ledger.span(purposes.CHECKPOINTS) as saving:
             loop.settle_observations()
             former_best = self._checkpoints.best_name
@@ -204,6 +215,7 @@ class Housekeeping:
                 self._checkpoints.best_name = former_best
         if not emergency:
             self._clock.measured(saving.wall_seconds)
+        return written is not None
 
     def _watch_for_divergence(self, loop: Loop) -> None:
         """Say once that the run is lost. The best checkpoint is kept, whatever comes after it."""
@@ -219,9 +231,10 @@ class Housekeeping:
     def _obey(self, loop: Loop, order: Order) -> None:
         before = held_bytes(loop.task.device)
         if isinstance(order, CheckpointRequest):
-            self.save(loop, emergency=order.emergency)
+            saved = self.save(loop, emergency=order.emergency)
             order_id = order.request_id
-            result = Done(True, f"checkpoint at step {loop.progress.step}: {order.reason}")
+            what = "checkpoint" if saved else "no checkpoint could be saved"
+            result = Done(saved, f"{what} at step {loop.progress.step}: {order.reason}")
         elif isinstance(order, StopRequest):
             loop.stop_requested = True
             order_id = order.request_id
@@ -259,7 +272,10 @@ class Housekeeping:
         self.first_loss, self.last_loss = float(values["first_loss"]), float(values["last_loss"])
         self.best_loss = float(values["best_loss"])
         if self._checkpoints is not None:
-            self._checkpoints.best_name = str(values["best_name"])
+            # After a rollback it may have been removed meanwhile: it was newer than the one gone back to.
+            there = {folder.name for folder in self._checkpoints.saved_until(sys.maxsize)}
+            best_name = str(values["best_name"])
+            self._checkpoints.best_name = best_name if best_name in there else ""
 
 
 def time_account(ledger: Ledger, generation: int) -> tuple[Metric, ...]:
