@@ -188,11 +188,13 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(
     links = ScriptedLinks()
     checkpoints = Checkpoints(tmp_path, keep=3, on_failure=failures.append)
     housekeeping = Housekeeping(links.emit, checkpoints)
+    links.orders.append(CheckpointRequest(request_id="c", emergency=True, reason="memory"))
     loop = tiny_loop(links, tiny_settings(), housekeeping=housekeeping)
     housekeeping.begin(loop)
     loop.run()
     assert loop.progress.step == 60
     assert failures
+    assert [o.done for o in links.of(OrderDone)] == [False], "said done of what is not there"
     assert all("No space left on device" in text for text in failures)
     assert links.of(CheckpointWritten) == []
     assert sealed_folder.folders(tmp_path) == []

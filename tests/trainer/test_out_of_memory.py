@@ -14,6 +14,7 @@ import torch
 
 from common.messages import (
     Alert,
+    CheckpointWritten,
     Evaluation,
     MemoryAction,
     MemoryReport,
@@ -28,6 +29,8 @@ from tests.trainer.small_job import bits
 from tests.trainer.test_loop import proposal
 from tests.trainer.tiny import ScriptedLinks, same_bits, weights_of
 from trainer_node import out_of_memory
+from trainer_node.checkpoint import Checkpoints
+from trainer_node.housekeeping import Housekeeping
 from trainer_node.loop import Loop
 from trainer_node.out_of_memory import (
     MemoryExhausted,
@@ -151,6 +154,22 @@ def test_an_evaluation_that_does_not_fit_at_all_is_left_out_and_training_goes_on
     assert scene.loop.progress.step == 12
     assert scene.links.of(Evaluation) == []
     assert "left out" in scene.links.of(Alert)[-1].text
+
+
+def test_averaged_weights_that_do_not_fit_are_left_out_and_the_run_ends_with_its_own_checkpoint(
+    tmp_path: Path,
+) -> None:
+    settings = gpt_settings("trainer.read_out=average", "trainer.steps=12")
+    scene = Scene(settings)
+    checkpoints = Checkpoints(tmp_path, keep=1, on_failure=pytest.fail)
+    scene.housekeeping = Housekeeping(scene.links.emit, checkpoints)
+    scene.run()
+    scene.memory.strike = lambda: within("weights_that_count")
+    with scene.memory:
+        scene.housekeeping.end(scene.loop, emergency=False)
+    assert scene.memory.raised > 0
+    written = scene.links.of(CheckpointWritten)[-1]
+    assert written.step == 12
 
 
 # ---- at the floor --------------------------------------------------------------------------------
