@@ -192,7 +192,12 @@ def _check_together(settings: RunSettings) -> None:
         raise SettingsError("monitor.silent_seconds must be above monitor.heartbeat_seconds")
     if monitor.cleanup_bytes and monitor.emergency_bytes and monitor.cleanup_bytes >= monitor.emergency_bytes:
         raise SettingsError("monitor.cleanup_bytes must be below monitor.emergency_bytes")
-    if monitor.cleanup_share >= monitor.emergency_share:
+    kind = monitor.device.partition(":")[0]
+    if kind not in ("", "auto", "cpu", "cuda", "fake") or (kind == "fake") != (":" in monitor.device):
+        raise SettingsError(
+            f"monitor.device = {monitor.device!r}: write auto, cpu, cuda or fake:SCRIPT, e.g. fake:demo"
+        )
+    if monitor.cleanup_share and monitor.emergency_share and monitor.cleanup_share >= monitor.emergency_share:
         raise SettingsError("monitor.cleanup_share must be below monitor.emergency_share")
 
 

@@ -141,6 +141,13 @@ class VerifySettings:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
     every_steps: int = setting(50, "steps between checkpoints; 0 = only at the end", low=0, high=1 << 40)
+    hours_between_failures: float = setting(
+        0.0,
+        "above 0: Young's interval for this mean time between failures, from the measured cost of a"
+        " checkpoint, at most 3.5 % of the time; every_steps holds before, and in lockstep; 0 = off",
+        low=0.0,
+        high=1e6,
+    )
     keep: int = setting(3, "newest checkpoints kept, besides best and emergency", low=1, high=10_000)
     snapshot: str = setting(
         "auto",
@@ -148,6 +155,21 @@ class CheckpointSettings:
         " GPU, a file on CPU",
         choices=("auto", "memory", "disk"),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpikeSettings:
+    enabled: bool = setting(
+        True, "a loss that has left its bounds: back to a checkpoint from before, past the batches since"
+    )
+    steps: int = setting(8, "losses in a row that must all be out of bounds", low=4, high=32)
+    deviations: float = setting(
+        10.0, "bound: this many deviations above the median of the steps before ...", low=3.0, high=1e6
+    )
+    share: float = setting(
+        0.25, "... and this share of the way back from there to the first loss", low=0.0, high=10.0
+    )
+    max_rollbacks: int = setting(3, "times in a row; then the run stops", low=1, high=1000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +181,12 @@ class TrainerSettings:
     threads: int = setting(0, "CPU threads of torch; 0 = torch's choice", low=0, high=4096)
     precision: str = setting("fp32", "bf16 = autocast on GPU", choices=("fp32", "bf16"))
     compile: bool = setting(False, "torch.compile on GPU")
+    memory_fraction: float = setting(
+        0.0,
+        "of the GPU's memory, at which torch says out of memory: for a shared GPU; 0 = all",
+        low=0.0,
+        high=1.0,
+    )
     decision_mode: str = setting("live", "lockstep waits for every decision", choices=("live", "lockstep"))
     decision_wait_share: float = setting(
         0.25, "live: longest wait at a decision point, in steps", low=0.0, high=100.0
@@ -181,6 +209,7 @@ class TrainerSettings:
     basis: BasisSettings = table(BasisSettings)
     verify: VerifySettings = table(VerifySettings)
     checkpoint: CheckpointSettings = table(CheckpointSettings)
+    spikes: SpikeSettings = table(SpikeSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,8 +258,15 @@ class MonitorSettings:
     emergency_bytes: int = setting(
         0, "memory level of the emergency checkpoint; 0 = emergency_share", low=0, high=1 << 50
     )
-    cleanup_share: float = setting(0.75, "of the device memory", low=0.01, high=1.0)
-    emergency_share: float = setting(0.875, "of the device memory", low=0.01, high=1.0)
+    cleanup_share: float = setting(0.0, "of the device memory; 0 = by its size", low=0.0, high=1.0)
+    emergency_share: float = setting(0.0, "of the device memory; 0 = by its size", low=0.0, high=1.0)
+    cleanup_every_steps: int = setting(
+        0, "also a clean-up every so many steps, whatever the level; 0 = never", low=0, high=1 << 40
+    )
+    grow_back_steps: int = setting(
+        200, "steps without pressure after which the newest memory order is taken back", low=1, high=1 << 40
+    )
+    device: str = setting("", "whose memory: auto, cpu, cuda or fake:SCRIPT (fake:demo); empty = the run's")
     http: str = setting("127.0.0.1:0", "address of the live page; port 0 = any free one; empty = no page")
 
 

@@ -35,7 +35,7 @@ STREAMS: dict[str, StreamRule] = {
 }
 
 _HISTORY_KINDS = (m.RunStarted, m.Observation, m.Outcome, m.CheckpointWritten, m.RunEnded)
-_ORDER_KINDS = (m.PhaseVeto, m.MemoryOrder, m.CheckpointRequest)
+_ORDER_KINDS = (m.PhaseVeto, m.MemoryOrder, m.CheckpointRequest, m.StopRequest)
 
 
 def stream_of(message: m.Message, writer: str) -> str:

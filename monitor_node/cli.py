@@ -32,6 +32,8 @@ def cli() -> None:
       monitor-node serve --redis redis://localhost:6379 --run-id first
       monitor-node status --redis redis://localhost:6379 --run-id first
       monitor-node record --redis redis://localhost:6379 --run-id first --out first.hpt
+      monitor-node top --redis redis://localhost:6379 --run-id first
+      monitor-node compare runs
     """
 
 
@@ -70,10 +72,16 @@ def _opened(redis_url: str | None, run_id: str) -> Bus:
     metavar="auto|cpu|cuda|fake:SCRIPT",
     help="Whose memory to watch; default: the run's. fake:demo plays every level without a GPU.",
 )
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    help="Whoever has this token may act on the page; default: HPT_PAGE_TOKEN, else nobody may.",
+)
+@click.option("--webhook", metavar="URL", help="Post each new alert there as JSON; default: HPT_WEBHOOK.")
 @click.option("--stop-with-parent", is_flag=True, hidden=True)
 def serve(
     redis_url: str | None, run_id: str, http: str, record_file: Path | None, address_file: Path | None,
-    device: str | None, stop_with_parent: bool,
+    device: str | None, token_file: Path | None, webhook: str | None, stop_with_parent: bool,
 ) -> None:  # fmt: skip
     """Watch a run until Ctrl-C: sample memory, give orders, serve the live page.
 
@@ -82,13 +90,20 @@ def serve(
       monitor-node serve --redis redis://localhost:6379 --run-id first --http 127.0.0.1:8080
       monitor-node serve --redis unix:///tmp/redis.sock --run-id first --record first.hpt
       monitor-node serve --redis redis://localhost:6379 --run-id first --device fake:demo
+      monitor-node serve --redis redis://localhost:6379 --run-id first --token-file page.token
     """
+    from monitor_node.actions import read_token
     from monitor_node.device_choice import DeviceChoice
     from monitor_node.serve import PageAddress, Surroundings
     from monitor_node.serve import serve as serve_run
     from monitor_node.web import split_address
+    from monitor_node.webhook import WEBHOOK_VARIABLE, checked_url
 
     choose_device = DeviceChoice(device)
+    token = read_token(token_file, os.environ)
+    webhook_url = webhook or os.environ.get(WEBHOOK_VARIABLE) or None
+    if webhook_url is not None:
+        checked_url(webhook_url)
     page = None
     if http:
         host, port = split_address(http)
@@ -99,7 +114,10 @@ def serve(
     if stop_with_parent:
         stop_when_parent_goes(stop)
     around = Surroundings(clock=SystemClock(), log=NodeLog(MONITOR, run_id), choose_device=choose_device)
-    serve_run(lambda: _opened(redis_url, run_id), run_id, stop, around, page=page, record_file=record_file)
+    serve_run(
+        lambda: _opened(redis_url, run_id), run_id, stop, around,
+        page=page, record_file=record_file, token=token, webhook_url=webhook_url,
+    )  # fmt: skip
 
 
 @cli.command()
@@ -139,6 +157,52 @@ def status(redis_url: str | None, run_id: str) -> None:
     with contextlib.closing(_opened(redis_url, run_id)) as bus:
         view = read_run(bus, run_id, clock)
     click.echo(json.dumps(as_dict(view, now_seconds=clock.monotonic()), indent=2, allow_nan=False))
+
+
+@cli.command()
+@_bus_options
+def top(redis_url: str | None, run_id: str) -> None:
+    """Watch a run in this terminal, for ssh; q or Ctrl-C leaves. Exit 1 when there is no such run.
+
+    Without a terminal, or where TERM=dumb, it prints one screen. NO_COLOR is respected.
+
+    \b
+    Example:
+      monitor-node top --redis redis://localhost:6379 --run-id first
+    """
+    from monitor_node.top import top as show
+
+    stop = threading.Event()
+    stop_on_signals(stop)
+    with contextlib.closing(_opened(redis_url, run_id)) as bus:
+        show(bus, run_id, SystemClock(), stop)
+
+
+@cli.command()
+@click.argument("runs_dir", type=click.Path(path_type=Path))
+@click.option(
+    "--http",
+    default="127.0.0.1:8081",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Address of the page; port 0 = any free one.",
+)
+def compare(runs_dir: Path, http: str) -> None:
+    """Compare the runs of a folder on one page until Ctrl-C: curves, a table, CSV. Only reads files.
+
+    \b
+    Example:
+      monitor-node compare runs
+    """
+    from monitor_node.runs_server import ComparePage
+    from monitor_node.web import split_address
+
+    host, port = split_address(http)
+    stop = threading.Event()
+    stop_on_signals(stop)
+    with ComparePage(runs_dir, host=host, port=port) as page:
+        click.echo(f"page   {page.url}/compare")
+        stop.wait()
 
 
 def main() -> None:

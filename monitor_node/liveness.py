@@ -77,11 +77,21 @@ class Watch:
         if now_seconds - heard_seconds > self.silent_seconds:
             gone_on_purpose = self.run_ended or life.beat.state == "stopping"
             return Liveness.FINISHED if gone_on_purpose else Liveness.SILENT
-        moved_seconds = max(life.step_at_seconds, self._readable_since_seconds)
         may_stall = node == TRAINER and life.beat.state == "running" and not self.run_ended
-        if may_stall and now_seconds - moved_seconds > self.stalled_seconds:
+        if may_stall and self._still_seconds(life, now_seconds) > self.stalled_seconds:
             return Liveness.STALLED
         return Liveness.ALIVE
+
+    def still_seconds(self, node: str, now_seconds: float) -> float | None:
+        """For how long a node that lives has stayed at its step; None if it is not there or not training."""
+        state = self.state_of(node, now_seconds)
+        life = self.lives.get(node)
+        if life is None or state not in (Liveness.ALIVE, Liveness.STALLED) or life.beat.state != "running":
+            return None
+        return self._still_seconds(life, now_seconds)
+
+    def _still_seconds(self, life: NodeLife, now_seconds: float) -> float:
+        return now_seconds - max(life.step_at_seconds, self._readable_since_seconds)
 
     def changes(self, now_seconds: float, nodes: Iterable[str] = NODES) -> list[NodeLost | Alert]:
         """Losses and returns since the last call."""

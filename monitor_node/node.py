@@ -9,30 +9,46 @@ Its settings come from the run itself (RunStarted); until that was read, the def
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from common import messages as m
 from common.bus import Bus, EntryId
 from common.clock import Clock
 from common.errors import BusError, Fenced
-from common.follower import Follower, decoded
 from common.heartbeat import Heartbeats, NodeStatus
 from common.log import NodeLog
-from common.settings import MonitorSettings
-from common.streams import MONITOR, STREAMS
+from common.streams import MONITOR
+from monitor_node.actions import PAUSE_REASON, ActionQueue, Operator, act
+from monitor_node.checkpoint_checks import CheckpointChecks
 from monitor_node.device import Device
 from monitor_node.divergence import DivergenceState
-from monitor_node.enforcer import EnforcerState, Setting, enforce, object_to_divergence
+from monitor_node.enforcer import (
+    EnforcerState,
+    Seen,
+    Setting,
+    enforce,
+    object_to_divergence,
+    pause_for_operator,
+)
 from monitor_node.feed import Feed
-from monitor_node.liveness import Watch
-from monitor_node.run_view import RunView
+from monitor_node.health import HealthWatch
+from monitor_node.provenance import ProvenanceReader
+from monitor_node.run_reader import RunReader, new_view, stream_lengths
+from monitor_node.run_view import AlertRow
 from monitor_node.snapshot import as_dict
+from monitor_node.thresholds import LevelState
 
 _BLOCK_SECONDS = 0.2
-_FEED_SECONDS = 0.25
+# Between two snapshots, and the share of a core that making them may take. While somebody looks, what happens
+# is to be seen within a quarter of a second; else the whole monitor is to stay below 3 % of a core.
+# Never later than the longest, though: on a busy machine all that is made seems dear.
+_FEED_SECONDS, _FEED_SHARE, _LONGEST_FEED_SECONDS = 0.25, 0.01, 1.0
+_WATCHED_FEED_SECONDS, _WATCHED_FEED_SHARE, _LONGEST_WATCHED_FEED_SECONDS = 0.1, 0.05, 0.2
+_DISK_SECONDS = 1.0
 _LENGTHS_SECONDS = 5.0
 _DRAIN_SECONDS = 2.0
 
@@ -44,29 +60,6 @@ class Outlet(Protocol):
     def fenced(self) -> bool: ...
     def put(self, message: m.Message) -> None: ...
     def close(self, deadline_seconds: float) -> bool: ...
-
-
-class RunReader:
-    """Reads all streams of a run in order and folds them into a view."""
-
-    def __init__(self, bus: Bus, view: RunView, clock: Clock) -> None:
-        self.caught_up = False  # everything that was there at the start has been read
-        self.follower = Follower(bus, STREAMS, clock=clock, rng=random.Random())
-        self._view = view
-        self._clock = clock
-
-    def read(self, *, block_seconds: float) -> None:
-        """Fold what there is, or wait for `block_seconds` once all that was there has been read."""
-        entries = self.follower.read(block_seconds if self.caught_up else 0.0)
-        now_seconds, now_unix_seconds = self._clock.monotonic(), self._clock.unix()
-        for entry, message in decoded(entries):
-            # An old entry did not arrive just now: its age by the sender's clock is the best estimate.
-            age_seconds = 0.0 if self.caught_up else max(0.0, now_unix_seconds - entry.sent_unix_seconds)
-            self._view.fold(
-                message, sent_unix_seconds=entry.sent_unix_seconds, at_seconds=now_seconds - age_seconds
-            )
-        if not entries and self.follower.connected:
-            self.caught_up = True
 
 
 class MonitorNode:
@@ -84,9 +77,16 @@ class MonitorNode:
         feed: Feed,
         log: NodeLog,
         recorded_up_to: Callable[[], EntryId | None] = lambda: None,
+        actions: ActionQueue | None = None,
+        run_folder: Path | None = None,
+        tell_alert: Callable[[AlertRow], None] = lambda row: None,
     ) -> None:
+        """`actions`: None = nobody may ask for any. `run_folder`: of the run, if it is on this machine."""
         self.view = new_view(run_id)
-        self._reader = RunReader(bus, self.view, clock)
+        self._reader = RunReader(bus, self.view, clock, tell=tell_alert)
+        self._actions = actions
+        self._operator = Operator()
+        self._checks, self._provenance = CheckpointChecks(run_folder), ProvenanceReader(run_folder)
         self._bus = bus
         self._outbox = outbox
         self._generation = generation
@@ -99,7 +99,9 @@ class MonitorNode:
         self._recorded_up_to = recorded_up_to
         self._enforcer = EnforcerState()
         self._told_excursions = 0
+        self._health = HealthWatch()
         self._due_seconds: dict[str, float] = {}
+        self._feed_due_seconds = clock.monotonic()
         self._away_since_seconds: float | None = None
 
     def run(self, stop: threading.Event) -> None:
@@ -114,7 +116,7 @@ class MonitorNode:
         )
         try:
             while not stop.is_set():
-                self.turn(block_seconds=_BLOCK_SECONDS)
+                self.turn(block_seconds=self._block_seconds())
         finally:
             heartbeats.close()
             self._outbox.close(_DRAIN_SECONDS)
@@ -136,11 +138,13 @@ class MonitorNode:
             sample_seconds = self.view.settings.monitor.sample_seconds
             if self.view.ended is None and self._is_due("sample", sample_seconds):
                 self._sample()
+            self._obey()
             self._object_to_divergence()
             if self._away_since_seconds is None:
-                for message in self.view.watch.changes(self._clock.monotonic()):
-                    self._outbox.put(message)
-        if self._is_due("feed", _FEED_SECONDS):
+                self._tell_changes()
+            if self._is_due("disk", _DISK_SECONDS):
+                self._look_at_disk()
+        if self._clock.monotonic() >= self._feed_due_seconds:
             self._publish_snapshot()
 
     def _read(self, block_seconds: float) -> None:
@@ -161,17 +165,32 @@ class MonitorNode:
 
     def _sample(self) -> None:
         preference = self.view.settings.trainer.device
+        if self._device is None:  # the first sample: go on at the level that a monitor before this one left
+            self._enforcer = replace(self._enforcer, memory=LevelState(level=self.view.level.level))
         if self._device is None or preference != self._device_preference:
             self._device, self._device_preference = self._choose_device(preference), preference
         if self.view.trainer_process is None and not self._device.is_gpu:
             return  # nothing to measure before the trainer says who it is
         sample = self._device.sample(self.view.trainer_process)
         self._outbox.put(sample)
-        self._enforcer, messages = enforce(
-            self._enforcer, sample, self._setting(), now_seconds=self._clock.monotonic(), step=self.view.step
-        )
+        now_seconds = self._clock.monotonic()
+        seen = Seen(sample=sample, facts=self.view.guard, step=self.view.step, now_seconds=now_seconds)
+        self._enforcer, messages = enforce(self._enforcer, seen, self._setting())
         for message in messages:
             self._outbox.put(message)
+
+    def _look_at_disk(self) -> None:
+        names = [row.written.name for row in reversed(self.view.checkpoints)]
+        self.view.checkpoint_checks = self._checks.look(names)
+        self.view.provenance = self._provenance.look()
+
+    def _tell_changes(self) -> None:
+        """Of who lives, and of what goes wrong without a node failing."""
+        now_seconds = self._clock.monotonic()
+        for message in self.view.watch.changes(now_seconds):
+            self._outbox.put(message)
+        for alert in self._health.changes(self.view, now_seconds):
+            self._outbox.put(alert)
 
     def _object_to_divergence(self) -> None:
         """An Alert for each excursion, and a veto while one lasts: prediction pauses, training never does."""
@@ -188,6 +207,23 @@ class MonitorNode:
         for message in messages:
             self._outbox.put(message)
 
+    def _obey(self) -> None:
+        """What a person asked for on the page. A pause is a veto that lapses if this monitor dies."""
+        if self._actions is None:
+            return
+        asked = self._actions.take()
+        if self.view.ended is not None:
+            asked = []  # what was asked of an ended run must not reach the one that resumes it
+        self._operator, messages = act(
+            self._operator, asked, generation=self._generation, step=self.view.step
+        )
+        reason = PAUSE_REASON if self._operator.is_paused and self.view.ended is None else ""
+        self._enforcer, vetoes = pause_for_operator(
+            self._enforcer, reason, self._setting(), now_seconds=self._clock.monotonic()
+        )
+        for message in (*messages, *vetoes):
+            self._outbox.put(message)
+
     def _setting(self) -> Setting:
         is_gpu = self._device is not None and self._device.is_gpu
         return Setting(generation=self._generation, is_gpu=is_gpu, monitor=self.view.settings.monitor)
@@ -200,7 +236,18 @@ class MonitorNode:
             "connected": self._away_since_seconds is None,
             "away_seconds": int(away_seconds),
         }
+        snapshot["actions"] = {"enabled": self._actions is not None, "paused": self._operator.is_paused}
         self._feed.publish(snapshot)
+        cost_seconds = self._clock.monotonic() - now_seconds
+        seconds, share, longest_seconds = _FEED_SECONDS, _FEED_SHARE, _LONGEST_FEED_SECONDS
+        if self._feed.viewers:
+            seconds, share = _WATCHED_FEED_SECONDS, _WATCHED_FEED_SHARE
+            longest_seconds = _LONGEST_WATCHED_FEED_SECONDS
+        self._feed_due_seconds = now_seconds + min(longest_seconds, max(seconds, cost_seconds / share))
+
+    def _block_seconds(self) -> float:
+        """How long to wait for entries: no longer than until the next snapshot is due."""
+        return min(_BLOCK_SECONDS, max(0.0, self._feed_due_seconds - self._clock.monotonic()))
 
     def _is_due(self, what: str, every_seconds: float) -> bool:
         now_seconds = self._clock.monotonic()
@@ -217,11 +264,3 @@ def divergence_alert(found: DivergenceState) -> m.Alert | None:
         return None
     text = f"{signal.text}; prediction pauses while this lasts"
     return m.Alert(node=MONITOR, severity="error", kind=signal.kind, text=text, step=found.critical_step)
-
-
-def stream_lengths(bus: Bus) -> dict[str, int]:
-    return {stream: bus.length(stream) for stream in STREAMS}
-
-
-def new_view(run_id: str) -> RunView:
-    return RunView(run_id=run_id, watch=Watch(silent_seconds=MonitorSettings().silent_seconds))

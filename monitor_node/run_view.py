@@ -9,24 +9,35 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from common import features
 from common import messages as m
 from common.config import settings_from_toml
 from common.errors import SettingsError
 from common.settings import RunSettings
-from common.streams import MONITOR, TRAINER
+from common.streams import MONITOR, NODES, STREAMS, TRAINER
 from monitor_node import divergence
+from monitor_node.checkpoint_checks import CheckpointRow, Found, with_row
+from monitor_node.curves import RunCurves
 from monitor_node.device import TrainerProcess
 from monitor_node.divergence import DivergenceState
 from monitor_node.liveness import Watch
-from monitor_node.series import Curve, Strip
+from monitor_node.memory_facts import MemoryFacts
+from monitor_node.order_log import OrderLog
+from monitor_node.pace import WorthBook
+from monitor_node.provenance import UNKNOWN, Provenance
+from monitor_node.series import Curve
+from monitor_node.stream_health import StreamBook
 from monitor_node.thresholds import LevelState, limits_of, next_level
+from monitor_node.timing import TimeBook, account_of
 
 UNDONE = (m.Verdict.REFUSED, m.Verdict.RUINED, m.Verdict.ABORTED)
 _LOSS = features.INDEX["loss"]
+_SLOPE = features.INDEX["loss_slope_64"]
 _UNITS_PER_STEP = features.INDEX["log10_units_per_step"]
+_LATEST_UNIX_SECONDS = 1e11  # the year 5138
+_MAX_METRICS = 128  # names of one node's health
 _RATE_STEPS = 24  # heartbeats with progress over which the speed is averaged
 
 
@@ -40,15 +51,6 @@ class ProposalRow:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AlertRow:
     alert: m.Alert
-    at_unix_seconds: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OrderRow:
-    """An order of the monitor and, once it came, the trainer's acknowledgement."""
-
-    order: m.MemoryOrder | m.CheckpointRequest
-    done: m.OrderDone | None
     at_unix_seconds: float
 
 
@@ -66,42 +68,48 @@ class RunView:
     phase: m.Phase | None = None
     loss: float | None = None
     units_per_step: float | None = None
+    fall_per_step: float | None = None  # of the training loss outside of probation, nats
     evaluation: m.Evaluation | None = None
     first_held_out_loss: float | None = None
-    checkpoint: m.CheckpointWritten | None = None
-    checkpoint_at_unix_seconds: float | None = None
+    checkpoints: tuple[CheckpointRow, ...] = ()  # oldest first
     decision: m.PhaseDecision | None = None
     proposals: int = 0  # decisions with a horizon above zero
     verdicts: Counter[m.Verdict] = field(default_factory=Counter)
     lost_steps: int = 0
     sample: m.VramSample | None = None
     level: LevelState = field(default_factory=LevelState)
+    guard: MemoryFacts = field(default_factory=MemoryFacts)
     veto: m.PhaseVeto | None = None
-    dead_letters: int = 0
+    dead_letters: Counter[str] = field(default_factory=Counter)  # by stream
     divergence: DivergenceState = field(default_factory=DivergenceState)
     trainer_process: TrainerProcess | None = None
     health: dict[str, m.HealthSample] = field(default_factory=dict)
-    train: Curve = field(default_factory=Curve)
-    held_out: Curve = field(default_factory=Curve)
-    forecast: Curve = field(default_factory=Curve)  # (step, loss without the jump, spread)
-    memory: Curve = field(default_factory=lambda: Curve(max_buckets=240))  # (unix second, used bytes)
-    phases: Strip = field(default_factory=Strip)
-    jumps: deque[tuple[int, str, int]] = field(default_factory=lambda: deque(maxlen=400))
+    time: TimeBook = field(default_factory=TimeBook)
+    worth: WorthBook = field(default_factory=WorthBook)
+    curves: RunCurves = field(default_factory=RunCurves)
     outcomes: deque[ProposalRow] = field(default_factory=lambda: deque(maxlen=12))
     alerts: deque[AlertRow] = field(default_factory=lambda: deque(maxlen=24))
-    orders: deque[OrderRow] = field(default_factory=lambda: deque(maxlen=12))
-    stream_lengths: dict[str, int] = field(default_factory=dict)  # set by the shell, which may ask the bus
+    orders: OrderLog = field(default_factory=OrderLog)
+    # What no message tells is set by the shell, which may ask the bus and the disk.
+    stream_lengths: dict[str, int] = field(default_factory=dict)
+    streams: StreamBook = field(default_factory=StreamBook)
+    checkpoint_checks: dict[str, Found] = field(default_factory=dict)
+    provenance: Provenance = UNKNOWN
     _decisions: dict[str, m.PhaseDecision] = field(default_factory=dict)
     _accepted: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=4096))  # step, horizon
     _progress: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RATE_STEPS))
     _counted_virtual_steps: int = 0
+    _told_unix_seconds: float = 0.0  # by the newest envelope
     _told_virtual_steps: int = 0  # by the last evaluation
 
     def fold(self, message: m.Message, *, sent_unix_seconds: float, at_seconds: float) -> None:
         """Take one message. `at_seconds`: when it arrived, on the monitor's own monotonic clock."""
+        if not 0.0 <= sent_unix_seconds <= _LATEST_UNIX_SECONDS:  # an envelope without a time, or a wild one
+            sent_unix_seconds = self._told_unix_seconds
+        self._told_unix_seconds = sent_unix_seconds
         match message:
             case m.Observation():
-                self._fold_observation(message)
+                self._fold_observation(message, sent_unix_seconds)
             case m.Heartbeat():
                 self._fold_heartbeat(message, sent_unix_seconds, at_seconds)
             case m.Outcome():
@@ -117,18 +125,24 @@ class RunView:
                 self.evaluation = message
                 if self.first_held_out_loss is None:
                     self.first_held_out_loss = message.loss
-                self.held_out.add(message.step, message.loss)
+                self.curves.held_out.add(message.step, message.loss)
                 self._told_virtual_steps = message.virtual_steps
             case m.CheckpointWritten():
-                self.checkpoint, self.checkpoint_at_unix_seconds = message, sent_unix_seconds
+                row = CheckpointRow(written=message, at_unix_seconds=sent_unix_seconds, at_seconds=at_seconds)
+                self.checkpoints = with_row(self.checkpoints, row)
             case m.VramSample():
                 self._fold_sample(message, sent_unix_seconds)
+                self.guard.fold_sample(message, at_seconds)
             case m.Alert():
                 self.alerts.append(AlertRow(alert=message, at_unix_seconds=sent_unix_seconds))
             case m.HealthSample():
-                self.health[message.node] = message
+                self._fold_health(message)
             case _:
-                self._fold_order_or_fault(message, sent_unix_seconds)
+                self._fold_order_or_fault(message, sent_unix_seconds, at_seconds)
+
+    @property
+    def held_out(self) -> Curve:
+        return self.curves.held_out
 
     @property
     def virtual_steps(self) -> int:
@@ -161,10 +175,13 @@ class RunView:
         self._undo_above(message.first_step)
         self._told_virtual_steps = 0
         self.step = message.first_step
+        self.guard.trainer_started()
 
-    def _fold_observation(self, message: m.Observation) -> None:
+    def _fold_observation(self, message: m.Observation, sent_unix_seconds: float) -> None:
+        if message.attempt > self.attempt and message.step <= self.step:
+            self._undo_above(message.step - 1)  # the trainer rolled back to a checkpoint
         self.step, self.attempt, self.phase = message.step, message.attempt, message.phase
-        self.phases.add(message.step, message.phase.value)
+        self.curves.stepped(message.step, message.phase, sent_unix_seconds)
         known = self.started is None or self.started.feature_version == features.VERSION
         if known and len(message.features) == len(features.NAMES):
             self.loss = message.features[_LOSS]
@@ -175,8 +192,11 @@ class RunView:
                 loss=self.loss,
                 gradient_norm=math.hypot(*message.gradient_norms),
             )
+            if message.phase is not m.Phase.CORRECT:
+                self.fall_per_step = -message.features[_SLOPE]
             self.units_per_step = 10.0 ** min(message.features[_UNITS_PER_STEP], 18.0)
-            self.train.add(message.step, self.loss)
+            self.curves.train.add(message.step, self.loss)
+            self.curves.used(message.step, self.units_per_step)
 
     def _fold_heartbeat(self, message: m.Heartbeat, sent_unix_seconds: float, at_seconds: float) -> None:
         self.watch.heard(message, at_seconds=at_seconds)
@@ -210,14 +230,12 @@ class RunView:
         if message.verdict is m.Verdict.ACCEPTED:
             self._accepted.append((message.base_step, message.horizon_steps))
             self._counted_virtual_steps += message.horizon_steps
+        decision = self._decisions.pop(message.decision_id, None)
         if message.horizon_steps > 0:
-            decision = self._decisions.pop(message.decision_id, None)
             row = ProposalRow(outcome=message, decision=decision, at_unix_seconds=sent_unix_seconds)
             self.outcomes.append(row)
-            self.jumps.append((message.base_step, message.verdict.value, message.horizon_steps))
-        if message.verdict in m.APPLIED_VERDICTS and message.probation_steps > 0:
-            end_step = message.base_step + message.probation_steps
-            self.forecast.add(end_step, message.loss_forecast, message.loss_spread)
+        self.curves.settled(message, decision)
+        self.worth.add(message, self.fall_per_step)
 
     def _fold_sample(self, message: m.VramSample, sent_unix_seconds: float) -> None:
         self.sample = message
@@ -226,32 +244,47 @@ class RunView:
             self.level, used_bytes=message.used_bytes, limits=limits, now_seconds=sent_unix_seconds
         )
         if message.used_bytes is not None:
-            self.memory.add(int(sent_unix_seconds), message.used_bytes)
+            self.curves.memory.add(int(sent_unix_seconds), message.used_bytes)
 
-    def _fold_order_or_fault(self, message: m.Message, sent_unix_seconds: float) -> None:
+    def _fold_health(self, message: m.HealthSample) -> None:
+        """A sample says what it knows at its occasion: what it leaves out stands as it was."""
+        before = self.health.get(message.node)
+        if before is None and len(self.health) >= len(NODES):
+            return
+        metrics = {metric.name: metric for metric in (before.metrics if before else ())}
+        for metric in message.metrics:
+            if metric.name in metrics or len(metrics) < _MAX_METRICS:
+                metrics[metric.name] = metric
+        self.health[message.node] = replace(message, metrics=tuple(metrics.values()))
+        account = account_of(message) if message.node == TRAINER else None
+        if account is not None:
+            self.time.add(account)
+
+    def _fold_order_or_fault(self, message: m.Message, sent_unix_seconds: float, at_seconds: float) -> None:
         match message:
             case m.PhaseVeto():
                 self.veto = message if message.active else None
-            case m.MemoryOrder() | m.CheckpointRequest():
-                self.orders.append(OrderRow(order=message, done=None, at_unix_seconds=sent_unix_seconds))
+            case m.MemoryOrder() | m.CheckpointRequest() | m.StopRequest():
+                self.orders.asked(message, sent_unix_seconds)
+                self.guard.fold_order(message, at_seconds)
+            case m.MemoryReport():
+                self.guard.fold_report(message)
+                self.curves.holders.add(int(sent_unix_seconds), message)
             case m.OrderDone():
-                for place, row in enumerate(self.orders):
-                    if order_id_of(row.order) == message.order_id:
-                        at = row.at_unix_seconds
-                        self.orders[place] = OrderRow(order=row.order, done=message, at_unix_seconds=at)
+                self.guard.fold_done(message)
+                self.orders.answered(message, sent_unix_seconds)
             case m.NodeLost():
                 text = f"{message.node} has been silent for {message.silent_seconds:.1f} s"
                 self._warn("node_lost", text, sent_unix_seconds, severity="error", step=message.last_step)
             case m.DeadLetter():
-                self.dead_letters += 1
+                self.dead_letters[message.stream if message.stream in STREAMS else ""] += 1
                 text = f"{message.kind} {message.entry_id} on {message.stream} was given up: {message.error}"
                 self._warn("dead_letter", text, sent_unix_seconds, severity="error", step=self.step)
 
     def _undo_above(self, step: int) -> None:
         """Cut off steps that a restore or a resume has undone."""
-        for curve in (self.train, self.held_out, self.forecast):
-            curve.cut_above(step)
-        self.phases.cut_above(step)
+        self.curves.cut_above(step)
+        self.worth.undo_from(step)
         while self._accepted and self._accepted[-1][0] >= step:
             self._counted_virtual_steps -= self._accepted.pop()[1]
 
@@ -260,7 +293,3 @@ class RunView:
     ) -> None:
         alert = m.Alert(node=MONITOR, severity=severity, kind=kind, text=text, step=step)
         self.alerts.append(AlertRow(alert=alert, at_unix_seconds=at_unix_seconds))
-
-
-def order_id_of(order: m.MemoryOrder | m.CheckpointRequest) -> str:
-    return order.order_id if isinstance(order, m.MemoryOrder) else order.request_id

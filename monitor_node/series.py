@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
+from typing import TypeVar
 
 MAX_MARKS = 64
+_Row = TypeVar("_Row")
 
 
 class Curve:
@@ -88,6 +90,13 @@ class Strip:
                 first = joined.pop()[0]
             joined.append((first, last, label))
         return joined
+
+
+def append_bounded(rows: list[_Row], row: _Row, most: int) -> None:
+    """Beyond `most` the older half goes: rows seldom move, so that a feed mostly sends new ones only."""
+    rows.append(row)
+    if len(rows) > most:
+        del rows[: most // 2]
 
 
 def marker_of(value: float) -> str:

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from common.bus import STREAM_START, Bus, EntryId
@@ -26,15 +27,19 @@ from common.outbox import Outbox
 from common.publisher import Backoff, Publisher
 from common.recording_writer import RecordingWriter
 from common.streams import HISTORY, MONITOR, ORDERS, notes_of
+from monitor_node.actions import ActionQueue, Token
 from monitor_node.device import Device
 from monitor_node.feed import Feed
-from monitor_node.node import MonitorNode, RunReader, new_view, stream_lengths
+from monitor_node.node import MonitorNode
 from monitor_node.record import recording_beside
+from monitor_node.run_reader import RunReader, new_view, stream_lengths
 from monitor_node.run_view import RunView
 from monitor_node.web import PageServer
+from monitor_node.webhook import Webhook
 
 OPEN_SECONDS = 10.0  # for a server that is still starting; afterwards it may be away for ever
 OUTBOX_CAPACITY = 2000
+WEBHOOK_STOP_SECONDS = 3.0  # for the last alerts; a receiver that hangs must not hold up the end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +66,21 @@ def serve(
     *,
     page: PageAddress | None,
     record_file: Path | None,
+    token: Token | None = None,
+    webhook_url: str | None = None,
 ) -> None:
-    """Watch one run until `stop`. Raises UserError when the page cannot be had, BusUnavailable and
-    BusRefused at the start only, Fenced when a newer monitor takes over.
+    """Watch one run until `stop`; with a `token` the page also acts. Raises UserError when the page or the
+    webhook cannot be had, BusUnavailable and BusRefused at the start only, Fenced when a newer monitor
+    takes over.
     """
     feed = Feed(boot_id=uuid.uuid4().hex[:8])
+    actions = ActionQueue() if token is not None and page is not None else None
     with contextlib.ExitStack() as opened:
         if page is not None:
-            opened.enter_context(_page(feed, page, around.log))
+            opened.enter_context(_page(feed, page, around.log, token, actions))
+        webhook = None if webhook_url is None else Webhook(webhook_url, run_id, around.log)
+        if webhook is not None:
+            opened.callback(webhook.close, WEBHOOK_STOP_SECONDS)
         reading, writing = (opened.enter_context(contextlib.closing(open_bus())) for _ in range(2))
         writer, failure = _open_recording(record_file, run_id, around)
         if writer is not None:
@@ -77,21 +89,17 @@ def serve(
         generation = _next_generation(reading, recorded, stop, around.clock)
         if stop.is_set():
             return
-        publisher = Publisher(
-            writing, writer=MONITOR, generation=generation, clock=around.clock, rng=random.Random()
-        )
-        outbox = Outbox(publisher, capacity=OUTBOX_CAPACITY)
+        outbox = Outbox(_publisher(writing, generation, around.clock), capacity=OUTBOX_CAPACITY)
 
-        def tell(text: str) -> None:
-            text = f"the run is not recorded: {text}"
+        def tell(failure: str) -> None:
+            text = f"the run is not recorded: {failure}"
             outbox.put(Alert(node=MONITOR, severity="error", kind="recording_failed", text=text, step=0))
 
         if failure:
             tell(failure)
         if writer is not None:
-            opened.enter_context(
-                recording_beside(open_bus, writer, around.clock, around.log, on_failure=tell)
-            )
+            recording = recording_beside(open_bus, writer, around.clock, around.log, on_failure=tell)
+            opened.enter_context(recording)
         node = MonitorNode(
             bus=reading,
             outbox=outbox,
@@ -102,6 +110,9 @@ def serve(
             feed=feed,
             log=around.log,
             recorded_up_to=lambda: writer.last_ids.get(HISTORY) if writer is not None else None,
+            actions=actions,
+            run_folder=record_file.parent if record_file is not None else None,
+            tell_alert=webhook.put if webhook is not None else lambda row: None,
         )
         around.log.event("serving", generation=generation)
         node.run(stop)
@@ -121,6 +132,10 @@ def read_run(bus: Bus, run_id: str, clock: Clock) -> RunView:
             raise BusUnavailable(reader.follower.last_error)
     view.stream_lengths = lengths
     return view
+
+
+def _publisher(bus: Bus, generation: int, clock: Clock) -> Publisher:
+    return Publisher(bus, writer=MONITOR, generation=generation, clock=clock, rng=random.Random())
 
 
 def _open_recording(
@@ -164,8 +179,10 @@ def _next_generation(bus: Bus, recorded: Mapping[str, EntryId], stop: threading.
 
 
 @contextlib.contextmanager
-def _page(feed: Feed, address: PageAddress, log: NodeLog) -> Iterator[None]:
-    server = _bound(feed, address)
+def _page(
+    feed: Feed, address: PageAddress, log: NodeLog, token: Token | None, actions: ActionQueue | None
+) -> Iterator[None]:
+    server = _bound(feed, address, token=token, actions=actions, log=log)
     server.start()
     log.event("page", url=server.url)
     try:
@@ -176,15 +193,15 @@ def _page(feed: Feed, address: PageAddress, log: NodeLog) -> Iterator[None]:
         server.stop()
 
 
-def _bound(feed: Feed, address: PageAddress) -> PageServer:
+def _bound(feed: Feed, address: PageAddress, **parts: Any) -> PageServer:
     """On the port that the address file names from an earlier start, if it may be any: pages that are
     still open then find the restarted monitor again.
     """
     if address.port == 0 and address.file is not None:
         with contextlib.suppress(OSError, ValueError, UserError):
             former = urlsplit(address.file.read_text(encoding="utf-8").strip()).port
-            return PageServer(feed, host=address.host, port=former or 0)
-    return PageServer(feed, host=address.host, port=address.port)
+            return PageServer(feed, host=address.host, port=former or 0, **parts)
+    return PageServer(feed, host=address.host, port=address.port, **parts)
 
 
 def _write_whole(file: Path, text: str) -> None:

@@ -7,84 +7,56 @@ numbers and a reader must not take them for "unknown". Sizes are in bytes, `at` 
 
 from __future__ import annotations
 
-import enum
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from common.messages import APPLIED_VERDICTS, CheckpointRequest, Verdict
-from common.streams import NODES, TRAINER
+from common.messages import Verdict
+from common.streams import NODES
+from monitor_node.checkpoint_checks import checkpoint_rows
 from monitor_node.divergence import Level
 from monitor_node.liveness import Liveness
-from monitor_node.run_view import OrderRow, ProposalRow, RunView, order_id_of
+from monitor_node.memory_snapshot import memory_section, order_row
+from monitor_node.pace import pace_rows, pace_section, whole_pace
+from monitor_node.provenance import provenance_section
+from monitor_node.run_view import AlertRow, ProposalRow, RunView
 from monitor_node.series import Curve, marker_of
-from monitor_node.thresholds import limits_of
-
-
-class RunStatus(enum.Enum):
-    STARTING = "starting"
-    RUNNING = "running"
-    STALLED = "stalled"  # the trainer beats, its step does not move
-    CRASHED = "crashed"  # the trainer is silent
-    STOPPING = "stopping"
-    FINISHED = "finished"
-
-
-def status_of(view: RunView, now_seconds: float) -> RunStatus:
-    if view.ended is not None:
-        return RunStatus.FINISHED
-    trainer = view.watch.state_of(TRAINER, now_seconds)
-    life = view.watch.lives.get(TRAINER)
-    if trainer is Liveness.SILENT or trainer is Liveness.FINISHED:
-        return RunStatus.CRASHED  # no RunEnded: even a trainer that said "stopping" did not get there
-    if trainer is Liveness.STALLED:
-        return RunStatus.STALLED
-    if life is not None and life.beat.state == "stopping":
-        return RunStatus.STOPPING
-    return RunStatus.RUNNING if view.phase is not None else RunStatus.STARTING
+from monitor_node.stream_health import StreamFacts, stream_rows
+from monitor_node.timing import timing_section
+from monitor_node.verdict import RunStatus, status_of, words
 
 
 def as_dict(view: RunView, *, now_seconds: float) -> dict[str, Any]:
     """The whole view. `now_seconds`: the monotonic clock that `fold` was given."""
     status = status_of(view, now_seconds)
     progress = _progress(view, status)
+    settings_toml = view.started.settings_toml if view.started else None
     sections = {
-        "run": _run(view, status, progress),
+        "run": _run(view, status, words(view, status, now_seconds)),
         "progress": progress,
+        "pace": pace_section(whole_pace(view.time, view.worth)),
+        "timing": timing_section(view.time),
         "counters": _counters(view),
         "proposals": [_proposal(row) for row in reversed(view.outcomes)],
         "nodes": [_node(view, node, now_seconds) for node in NODES],
-        "memory": _memory(view),
-        "orders": [_order(row) for row in reversed(view.orders)],
-        "alerts": [
-            {
-                "severity": row.alert.severity,
-                "kind": row.alert.kind,
-                "node": row.alert.node,
-                "text": row.alert.text,
-                "step": row.alert.step,
-                "at_unix_seconds": row.at_unix_seconds,
-            }
-            for row in reversed(view.alerts)
-        ],
+        "memory": memory_section(view, now_seconds),
+        "orders": [order_row(row) for row in reversed(view.orders.rows)],
+        "alerts": [_alert(row) for row in reversed(view.alerts)],
         "divergence": _divergence(view),
         "health": {
             node: {metric.name: metric.value for metric in sample.metrics}
             for node, sample in sorted(view.health.items())
         },
         "checkpoint": _checkpoint(view),
+        "checkpoints": checkpoint_rows(view.checkpoints, view.checkpoint_checks),
         "streams": dict(sorted(view.stream_lengths.items())),
-        "settings": {"toml": view.started.settings_toml if view.started else None},
-        "series": {
-            "train": view.train.points(),
-            "held_out": view.held_out.points(),
-            "forecast": view.forecast.points(),
-            "memory": view.memory.points(),
-            "phases": view.phases.segments(),
-            "jumps": list(view.jumps),
-        },
-        "marks": {"train": _marks(view.train), "held_out": _marks(view.held_out)},
+        "stream_health": stream_rows(view.streams, _stream_facts(view, now_seconds)),
+        "settings": {"toml": settings_toml},
+        "provenance": provenance_section(view.provenance, settings_toml),
+        "holder_names": view.curves.holders.names,
+        "marks": {"train": _marks(view.curves.train), "held_out": _marks(view.curves.held_out)},
     }
-    return {name: plain(section) for name, section in sections.items()}
+    return {**{name: plain(section) for name, section in sections.items()}, "series": _series(view)}
 
 
 def plain(value: Any) -> Any:
@@ -103,12 +75,32 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _run(view: RunView, status: RunStatus, progress: dict[str, Any]) -> dict[str, Any]:
+def _series(view: RunView) -> dict[str, list[Any]]:
+    """Plain already: a curve takes finite numbers only, and `plain` of all the rows would take 5 ms."""
+    curves = view.curves
+    rows: dict[str, Sequence[Sequence[Any]]] = {
+        "train": curves.train.points(),
+        "held_out": curves.held_out.points(),
+        "forecast": plain(curves.forecast.points()),  # but for its spread
+        "memory": curves.memory.points(),
+        "phases": curves.phases.segments(),
+        "jumps": curves.jumps,
+        "seconds": curves.seconds.points(),
+        "units": curves.units.points(),
+        "holders": curves.holders.rows(),
+        "order_marks": plain(view.orders.marks),
+        "proposals": curves.proposals,
+        "pace": pace_rows(view.time, view.worth),
+    }
+    return {name: list(map(list, of_curve)) for name, of_curve in rows.items()}
+
+
+def _run(view: RunView, status: RunStatus, line: str) -> dict[str, Any]:
     started = view.started
     return {
         "run_id": view.run_id,
         "status": status.value,
-        "words": _words(view, status, progress),
+        "words": line,
         "generation": started.generation if started else None,
         "resumed_from": started.resumed_from if started else None,
         "started_unix_seconds": view.started_at_unix_seconds,
@@ -155,7 +147,7 @@ def _progress(view: RunView, status: RunStatus) -> dict[str, Any]:
 
 def _counters(view: RunView) -> dict[str, int]:
     verdicts = {verdict.value: view.verdicts[verdict] for verdict in Verdict}
-    return {"proposals": view.proposals, **verdicts, "dead_letters": view.dead_letters}
+    return {"proposals": view.proposals, **verdicts, "dead_letters": view.dead_letters.total()}
 
 
 def _proposal(row: ProposalRow) -> dict[str, Any]:
@@ -202,22 +194,6 @@ def _node(view: RunView, node: str, now_seconds: float) -> dict[str, Any]:
     }
 
 
-def _memory(view: RunView) -> dict[str, Any]:
-    sample = view.sample
-    limits = limits_of(view.settings.monitor, sample.total_bytes) if sample else None
-    return {
-        "source": sample.source if sample else None,
-        "device": sample.device if sample else None,
-        "used_bytes": sample.used_bytes if sample else None,
-        "total_bytes": sample.total_bytes if sample else None,
-        "trainer_bytes": sample.trainer_bytes if sample else None,
-        "unknown_reason": sample.unknown_reason if sample else "no sample yet",
-        "level": view.level.level.label,
-        "cleanup_bytes": limits.cleanup_bytes if limits else None,
-        "emergency_bytes": limits.emergency_bytes if limits else None,
-    }
-
-
 def _divergence(view: RunView) -> dict[str, Any]:
     found = view.divergence
     return {
@@ -228,53 +204,39 @@ def _divergence(view: RunView) -> dict[str, Any]:
     }
 
 
-def _order(row: OrderRow) -> dict[str, Any]:
-    is_checkpoint = isinstance(row.order, CheckpointRequest)
-    return {
-        "order_id": order_id_of(row.order),
-        "action": "emergency checkpoint" if is_checkpoint else "cleanup",
-        "reason": row.order.reason,
-        "done": row.done is not None,
-        "bytes_before": row.done.bytes_before if row.done else None,
-        "bytes_after": row.done.bytes_after if row.done else None,
-        "detail": row.done.detail if row.done else None,
-    }
-
-
 def _checkpoint(view: RunView) -> dict[str, Any] | None:
-    if view.checkpoint is None or view.checkpoint_at_unix_seconds is None:
+    if not view.checkpoints:
         return None
+    newest = view.checkpoints[-1]
     return {
-        "name": view.checkpoint.name,
-        "step": view.checkpoint.step,
-        "emergency": view.checkpoint.emergency,
-        "at_unix_seconds": view.checkpoint_at_unix_seconds,
+        "name": newest.written.name,
+        "step": newest.written.step,
+        "emergency": newest.written.emergency,
+        "at_unix_seconds": newest.at_unix_seconds,
     }
 
 
-def _words(view: RunView, status: RunStatus, progress: dict[str, Any]) -> str:
-    """The status line: one sentence about the run, one about prediction, one about memory."""
-    total = f" of {progress['total_steps']:,}" if progress["total_steps"] is not None else ""
-    at_step = f"step {view.step:,}{total}"
-    sentence = {
-        RunStatus.STARTING: "Starting: waiting for the trainer's first step.",
-        RunStatus.RUNNING: f"Running: {at_step}.",
-        RunStatus.STALLED: f"Stalled: the trainer is alive, but stays at {at_step}.",
-        RunStatus.CRASHED: f"The trainer fell silent at {at_step}; `trainer-node resume` continues the run.",
-        RunStatus.STOPPING: f"Stopping at {at_step}.",
-        RunStatus.FINISHED: f"Ended at {at_step} ({view.ended.reason if view.ended else ''}).",
-    }[status]
-    accepted, applied = view.verdicts[Verdict.ACCEPTED], _applied(view)
-    if applied:
-        share = f"{progress['virtual_share']:.0%} of the steps so far are virtual"
-        sentence += f" {accepted} of {applied} applied jumps were kept; {share}."
-    if view.veto:
-        sentence += f" Prediction is vetoed: {view.veto.reason}."
-    return sentence
+def _alert(row: AlertRow) -> dict[str, Any]:
+    return {
+        "severity": row.alert.severity,
+        "kind": row.alert.kind,
+        "node": row.alert.node,
+        "text": row.alert.text,
+        "step": row.alert.step,
+        "at_unix_seconds": row.at_unix_seconds,
+    }
 
 
-def _applied(view: RunView) -> int:
-    return sum(view.verdicts[verdict] for verdict in APPLIED_VERDICTS)
+def _stream_facts(view: RunView, now_seconds: float) -> StreamFacts:
+    lives = view.watch.lives
+    living = [node for node in lives if view.watch.state_of(node, now_seconds) is not Liveness.FINISHED]
+    return StreamFacts(
+        entries=view.stream_lengths,
+        trainer_step=view.step,
+        node_steps={node: lives[node].beat.step for node in living},
+        dead_letters=view.dead_letters,
+        unanswered_orders=view.orders.unanswered,
+    )
 
 
 def _marks(curve: Curve) -> list[tuple[int, str]]:

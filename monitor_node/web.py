@@ -1,37 +1,38 @@
-"""The live page's server: Starlette and uvicorn in a thread. Read-only; knows no bus and no run.
+"""The live page's server: Starlette and uvicorn in a thread. Knows no bus and no run.
 
-GET /             the page           GET /api/snapshot   the newest snapshot as JSON
-GET /static/...   its own files      GET /api/events     server-sent events: deltas, see feed.py
-GET /healthz      "ok"
+GET /, /compare   the pages          GET /api/snapshot   the newest snapshot as JSON
+GET /static/...   page_files.py      GET /api/events     server-sent events: deltas, see events.py
+GET /healthz      "ok"               GET /metrics        for Prometheus, see prometheus.py
+                                     POST /api/actions/* with a token only, see action_door.py
 
-An event's id is a revision, so a browser that reconnects resumes where it was. Safety: bound to
-127.0.0.1 unless told otherwise, a Host header that is not ours is refused (DNS rebinding), and
-the content policy allows nothing but these files: no inline script, no other origin.
+Read-only without a token. Safety: bound to 127.0.0.1 unless told otherwise, a Host header that is not ours
+is refused (DNS rebinding), and the content policy allows nothing but these files: no inline script, no other
+origin.
 """
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
-import json
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from importlib import resources
+from collections.abc import Sequence
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import UserError
-from monitor_node.feed import Feed
+from common.log import NodeLog
+from monitor_node.action_door import ActionDoor
+from monitor_node.actions import ActionQueue, Token
+from monitor_node.events import MAX_VIEWERS, EventStreams
+from monitor_node.feed import Feed, as_json
+from monitor_node.page_files import file_routes
 
-PUSH_SECONDS = 0.3  # two to four events a second: an eye does not follow more
-COMMENT_SECONDS = 15.0  # proxies close silent connections
 STOP_SECONDS = 2.0
 
 HEADERS = {
@@ -40,26 +41,21 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
-_PAGE_FILES = {
-    "/": ("index.html", "text/html"),
-    "/static/style.css": ("style.css", "text/css"),
-    **{f"/static/{name}": (name, "text/javascript") for name in ("page.js", "chart.js", "words.js")},
+    "Cross-Origin-Opener-Policy": "same-origin",
 }
 
 
-def build_app(feed: Feed, *, allowed_hosts: Sequence[str], stopping: threading.Event) -> ASGIApp:
+def build_app(
+    feed: Feed, streams: EventStreams, door: ActionDoor, *, allowed_hosts: Sequence[str]
+) -> ASGIApp:
     async def snapshot(request: Request) -> Response:
-        return JSONResponse(feed.snapshot())
+        return Response(as_json(feed.snapshot()), media_type="application/json")
 
     async def events(request: Request) -> Response:
-        revision = feed.revision_of(request.headers.get("last-event-id"))
-        return StreamingResponse(
-            event_stream(feed, revision, stopping),
-            media_type="text/event-stream",
-            headers={"X-Accel-Buffering": "no"},
-        )
+        if streams.is_full:
+            text = f"{MAX_VIEWERS} pages follow this run already"
+            return PlainTextResponse(text, status_code=503, headers={"Retry-After": "10"})
+        return streams.response(request.headers.get("last-event-id"))
 
     async def health(request: Request) -> Response:
         return PlainTextResponse("ok")
@@ -70,40 +66,61 @@ def build_app(feed: Feed, *, allowed_hosts: Sequence[str], stopping: threading.E
     routes = [
         Route("/api/snapshot", snapshot),
         Route("/api/events", events),
+        door.route(),
+        Route("/metrics", Metrics(feed).answer),
         Route("/healthz", health),
         Route("/favicon.ico", no_icon),
-        *(Route(path, _page_file(*file)) for path, file in _PAGE_FILES.items()),
+        *file_routes(),
     ]
-    return _Guard(Starlette(routes=routes), allowed_hosts)
+    app = Starlette(routes=routes)
+    app.router.redirect_slashes = False  # what is not on the list is not there, with or without a slash
+    return Guard(app, allowed_hosts)
 
 
-async def event_stream(feed: Feed, revision: int, stopping: threading.Event) -> AsyncIterator[str]:
-    """Deltas from `revision` on, until the server stops. The first event comes at once."""
-    yield "retry: 1000\n\n"
-    silent_seconds = 0.0
-    while not stopping.is_set():
-        if feed.revision > revision:
-            revision, delta = feed.since(revision)
-            data = json.dumps(delta, separators=(",", ":"), allow_nan=False)
-            yield f"id: {feed.event_id(revision)}\nevent: delta\ndata: {data}\n\n"
-            silent_seconds = 0.0
-        elif silent_seconds >= COMMENT_SECONDS:
-            yield ": still here\n\n"
-            silent_seconds = 0.0
-        await asyncio.sleep(PUSH_SECONDS)
-        silent_seconds += PUSH_SECONDS
+class Metrics:
+    """Loads its library at the first scrape: 10 MB and 0.3 s that a run without Prometheus need not pay."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+        self._lock = threading.Lock()
+        self._answer = self._load
+
+    def answer(self, request: Request) -> Response:
+        """Not a coroutine: Starlette calls it in a thread, so that a scrape holds up no stream."""
+        with self._lock:
+            body, content_type = self._answer(request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": content_type})
+
+    def _load(self, accept: str) -> tuple[bytes, str]:
+        from monitor_node.prometheus import SnapshotCollector, exposition
+
+        collector = SnapshotCollector(self._feed.snapshot)
+        self._answer = lambda accept: exposition(collector, accept)
+        return self._answer(accept)
 
 
 class PageServer:
     """Serves the page from a thread of its own. The socket is bound on construction."""
 
-    def __init__(self, feed: Feed, *, host: str, port: int) -> None:
-        """Raises UserError when the address cannot be bound. Port 0 takes any free one."""
-        self._socket = _bind(host, port)
+    def __init__(
+        self,
+        feed: Feed,
+        *,
+        host: str,
+        port: int,
+        token: Token | None = None,
+        actions: ActionQueue | None = None,
+        log: NodeLog | None = None,
+    ) -> None:
+        """Raises UserError when the address cannot be bound. Port 0 takes any free one. Without a token,
+        or nobody to take the `actions`, the page is read-only.
+        """
+        self._socket = bound_socket(host, port)
         bound_host, bound_port = self._socket.getsockname()[:2]
         self.url = f"http://{f'[{bound_host}]' if ':' in bound_host else bound_host}:{bound_port}"
-        self._stopping = threading.Event()
-        app = build_app(feed, allowed_hosts=hosts_for(host, bound_host), stopping=self._stopping)
+        self._streams = EventStreams(feed)
+        door = ActionDoor(feed, token if actions is not None else None, actions or ActionQueue(), log)
+        app = build_app(feed, self._streams, door, allowed_hosts=hosts_for(host, bound_host))
         config = uvicorn.Config(
             app,
             lifespan="off",
@@ -121,7 +138,7 @@ class PageServer:
 
     def stop(self) -> None:
         """End all streams and the thread; takes at most about two seconds."""
-        self._stopping.set()
+        self._streams.stop()
         self._server.should_exit = True
         if self._thread.is_alive():
             self._thread.join(STOP_SECONDS)
@@ -153,7 +170,7 @@ def hosts_for(host: str, bound_host: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-class _Guard:
+class Guard:
     """Refuses foreign Host headers and adds the safety headers to every answer."""
 
     def __init__(self, app: ASGIApp, allowed_hosts: Sequence[str]) -> None:
@@ -163,7 +180,9 @@ class _Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
         if scope["type"] != "http":
@@ -178,16 +197,7 @@ class _Guard:
         return name in self._allowed_hosts or ("*ip" in self._allowed_hosts and _is_address(name))
 
 
-def _page_file(name: str, media_type: str) -> Callable[[Request], Awaitable[Response]]:
-    content = (resources.files("monitor_node") / "page" / name).read_bytes()
-
-    async def page_file(request: Request) -> Response:
-        return Response(content, media_type=media_type)
-
-    return page_file
-
-
-def _bind(host: str, port: int) -> socket.socket:
+def bound_socket(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family)

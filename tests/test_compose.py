@@ -31,6 +31,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE_TEXT)["services"]
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 NODES = [name for name, service in SERVICES.items() if "build" in service]
+OBSERVABILITY = ("prometheus", "grafana")
 VARIABLE = re.compile(r"(?<!\$)\$\{(\w+)(:[-?])?([^}]*)\}")
 PASSWORD = "s3cret-for-tests"
 
@@ -40,9 +41,13 @@ def filled(text: str) -> str:
     return VARIABLE.sub(lambda match: match[3] if match[2] == ":-" else "value", text).replace("$$", "$")
 
 
-def test_one_service_per_node_and_a_gpu_trainer_only_on_request() -> None:
-    assert set(SERVICES) == {"redis", "trainer", "predictor", "monitor", "trainer-gpu"}
-    assert [name for name, service in SERVICES.items() if "profiles" in service] == ["trainer-gpu"]
+def test_one_service_per_node_and_the_others_only_on_request() -> None:
+    profiles = {name: service.get("profiles") for name, service in SERVICES.items()}
+    assert profiles == {
+        **dict.fromkeys(("redis", "trainer", "predictor", "monitor")),
+        "trainer-gpu": ["gpu"],
+        **{name: ["observability"] for name in OBSERVABILITY},
+    }
     [device] = SERVICES["trainer-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     assert SERVICES["trainer-gpu"]["command"] == SERVICES["trainer"]["command"]
@@ -76,17 +81,22 @@ def test_a_restarted_trainer_goes_on_with_its_run() -> None:
     assert "--resume" in SERVICES["trainer"]["command"]
 
 
-def test_only_the_page_is_published_and_only_on_loopback() -> None:
+def test_only_pages_are_published_and_only_on_loopback() -> None:
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
-    assert published == {"monitor": ["127.0.0.1:8765:8765"]}
+    assert published == {
+        "monitor": ["127.0.0.1:8765:8765"],
+        "prometheus": ["127.0.0.1:9090:9090"],
+        "grafana": ["127.0.0.1:3000:3000"],
+    }
     assert all(service["networks"] == ["private"] for service in SERVICES.values())
     assert not any("network_mode" in service for service in SERVICES.values())
 
 
 def test_the_password_is_required_and_in_no_file() -> None:
-    stated = [service["environment"] for service in SERVICES.values()]
+    users = {name: service for name, service in SERVICES.items() if name not in OBSERVABILITY}
+    stated = [service["environment"] for service in users.values()]
     values = [value for table in stated for key, value in table.items() if "PASSWORD" in key or "AUTH" in key]
-    assert len(values) == len(SERVICES)
+    assert len(values) == len(users)
     assert all(value.startswith("${HPT_REDIS_PASSWORD:?") for value in values)
     assert "PASSWORD" not in DOCKERFILE
 

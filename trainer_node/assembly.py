@@ -17,9 +17,11 @@ from trainer_node.groups import parameter_groups
 from trainer_node.ledger import Ledger
 from trainer_node.links import DecisionSource
 from trainer_node.loop import Loop
+from trainer_node.memory_report import Report, no_report
 from trainer_node.optim.build import build_optimizers
+from trainer_node.out_of_memory import Picture
 from trainer_node.read_out import check_read_out
-from trainer_node.snapshot import make_store
+from trainer_node.snapshot import TensorStore, make_store
 from trainer_node.tasks import Task, build_task
 
 
@@ -37,6 +39,8 @@ def prepare_task(settings: TrainerSettings) -> Task:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     device = choose_device(settings)
+    if device.type == "cuda" and settings.memory_fraction > 0.0:
+        torch.cuda.set_per_process_memory_fraction(settings.memory_fraction, device)
     return build_task(settings, device)
 
 
@@ -50,19 +54,20 @@ def build_loop(
     clock: Clock,
     generation: int,
     snapshot_folder: Path | None,
+    report: Report = no_report,
 ) -> Loop:
     """The loop of a fresh run. Without prediction it holds no basis and takes no snapshots.
 
-    Raises SettingsError for an average that nobody keeps.
+    `snapshot_folder` also takes the picture of a memory that ran out. Raises SettingsError for an average
+    that nobody keeps.
     """
     check_read_out(settings)
     trainer = settings.trainer
     optimizers = build_optimizers(task.model, trainer.optimizer, task.device)
     groups = parameter_groups(task.model)
-    basis = store = None
-    if settings.predictor.enabled:
-        new_store = partial(make_store, trainer.checkpoint.snapshot, task.device, snapshot_folder)
-        store = new_store()
+    new_store = partial(make_store, trainer.checkpoint.snapshot, task.device, snapshot_folder)
+
+    def parts() -> tuple[Basis, TensorStore]:
         basis = Basis(
             groups,
             optimizers,
@@ -71,18 +76,21 @@ def build_loop(
             park=new_store(),
             make_history_store=new_store,
         )
+        return basis, new_store()
+
     return Loop(
         task,
         optimizers,
         groups,
         trainer,
-        basis=basis,
-        store=store,
+        parts=parts if settings.predictor.enabled else None,
         links=links,
         emit=emit,
         housekeeping=housekeeping,
         ledger=Ledger(clock, counted=trainer.decision_mode == "lockstep"),
         generation=generation,
+        picture=Picture(snapshot_folder, task.device),
+        report=report,
     )
 
 

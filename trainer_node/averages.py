@@ -12,23 +12,28 @@ cannot live in bfloat16 (one step moves it by less than half a unit in the last 
 distance to the weights can; the price is one copy of the weights during optimizer.step, when
 activations are gone, and more memory traffic.
 
+ExactAverages may also live in host memory: the device then holds nothing but one tensor at a time, and an
+average takes in the weights over the bus. One kind is made from another by `parts`: exactly between exact
+ones, else as exactly as bfloat16 allows.
+
 An average need not see every step: with `every_steps` = 8 it takes in every eighth, with the weight of eight
 (ExactAverages only; the other would have to hold its copy of the weights meanwhile).
 """
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from trainer_node.average_parts import MEMORY, Parts, SupportsParts, TimeConstant, named, num_bytes
+from trainer_node.compact_averages import CompactAverages
 from trainer_node.snapshot import MemoryStore, TensorStore
 
-MEMORY = "memory"  # name of the steps seen and the waiting weight among the tensors
 
-
-class Averages(Protocol):
+class Averages(SupportsParts, Protocol):
     def before_step(self) -> None: ...
 
     def after_step(self) -> None: ...
@@ -61,6 +66,9 @@ class Averages(Protocol):
     def moving_tensors(self) -> list[Tensor]:
         """What a snapshot must hold. The drift need not be there: a window begins after a restore."""
 
+    def places(self) -> list[tuple[str, int]]:
+        """Bytes and where they are: "device" (with the weights), "host", "disk"."""
+
 
 def make_averages(
     parameters: Sequence[Tensor],
@@ -71,13 +79,17 @@ def make_averages(
     average_share: float = 0.0,
     every_steps: int = 1,
     park: TensorStore | None = None,
+    on_host: bool = False,
+    former: Averages | None = None,
 ) -> Averages:
-    if dtype == "bf16":
+    """On the host they are exact whatever the type. `former` averages go on in the new ones and end."""
+    if dtype == "bf16" and not on_host:
         return CompactAverages(
             parameters,
             average_steps=average_steps,
             slow_momentum=slow_momentum,
             average_share=average_share,
+            former=former,
         )
     return ExactAverages(
         parameters,
@@ -86,37 +98,9 @@ def make_averages(
         average_share=average_share,
         every_steps=every_steps,
         park=park,
+        device=torch.device("cpu") if on_host else None,
+        former=former,
     )
-
-
-class TimeConstant:
-    """How long an average remembers: n = max(average_steps, average_share * t) after t steps.
-
-    A new value has the weight 1/n. With a share the average is one over the tail of the run, whose length
-    grows along: polynomial-decay averaging (Shamir & Zhang 2013, section 4, with eta = 1/share - 1;
-    Karras et al. 2024, section 3.1). Share 1 is the mean of all iterates (Polyak & Juditsky 1992).
-    """
-
-    def __init__(self, average_steps: int, average_share: float) -> None:
-        self._average_steps, self._average_share = average_steps, average_share
-        # Steps seen; weight of those that are not taken in yet. An array, since a step must cost next to
-        # nothing, seen as a tensor by those who keep and restore state.
-        self._numbers = np.zeros(2)
-        self.tensor = torch.from_numpy(self._numbers)
-
-    def see_step(self) -> int:
-        """Counts one more step: its number. What waits weighs as much as if each step had been taken in."""
-        steps, waiting_weight = self._numbers.tolist()
-        steps += 1.0
-        weight = 1.0 / max(1.0, self._average_steps, self._average_share * steps)
-        self._numbers[:] = steps, waiting_weight * (1.0 - weight) + weight
-        return int(steps)
-
-    def take_weight(self) -> float:
-        """Of the value that is taken in now for all steps that wait; 0 if none does."""
-        weight = float(self._numbers[1])
-        self._numbers[1] = 0.0
-        return weight
 
 
 class ExactAverages:
@@ -129,28 +113,60 @@ class ExactAverages:
         average_share: float = 0.0,
         every_steps: int = 1,
         park: TensorStore | None = None,
+        device: torch.device | None = None,
+        former: Averages | None = None,
     ) -> None:
-        """`park` keeps the average of the window's start, which no step needs; default: process memory."""
+        """`park` keeps the average of the window's start, which no step needs; default: process memory.
+
+        The rest lives on `device`; default: with the weights.
+        """
         self._parameters = [p.detach() for p in parameters]
-        self._memory = TimeConstant(average_steps, average_share)
+        self._device = device or self._parameters[0].device
+        self.memory = TimeConstant(average_steps, average_share)
         self._slow_momentum, self._every_steps = slow_momentum, every_steps
-        self._average = [p.clone() for p in self._parameters]
         self._park = park or MemoryStore()
-        self._park.save(self._average)
-        self._slow = [torch.zeros_like(p) for p in self._parameters]
+        self._average: list[Tensor] = []
+        self._slow: list[Tensor] = []
+        if former is None:
+            self._average = [p.clone().to(self._device) for p in self._parameters]
+            self._slow = [torch.zeros_like(p) for p in self._average]
+            self._park.save(self._average)
+        else:
+            self._take_over(former)
+
+    def _take_over(self, former: Averages) -> None:
+        starts = []
+        for parts in former.parts():
+            self._average.append(parts.average.to(self._device))
+            self._slow.append(parts.slow.to(self._device))
+            starts.append(parts.window_start.cpu())
+        self._park.save(starts)
+        self.memory.tensor.copy_(former.memory.tensor)
+
+    @torch.no_grad()
+    def parts(self) -> Iterator[Parts]:
+        self._catch_up()
+        nothing = torch.empty(0)
+        for index, (average, slow) in enumerate(zip(self._average, self._slow, strict=True)):
+            yield Parts(average, self._park.read(index), slow)
+            self._average[index] = self._slow[index] = nothing
+        self._park.close()
 
     def before_step(self) -> None:
         pass
 
     @torch.no_grad()
     def after_step(self) -> None:
-        if self._memory.see_step() % self._every_steps == 0:
+        if self.memory.see_step() % self._every_steps == 0:
             self._catch_up()
 
     def _catch_up(self) -> None:
-        weight = self._memory.take_weight()
-        if weight > 0.0:
+        weight = self.memory.take_weight()
+        if weight > 0.0 and self._device == self._parameters[0].device:
             torch._foreach_lerp_(self._average, self._parameters, weight)
+        elif weight > 0.0:
+            for average, parameter in zip(self._average, self._parameters, strict=True):
+                average.lerp_(parameter.to(self._device), weight)
 
     @torch.no_grad()
     def begin_window(self) -> None:
@@ -162,116 +178,49 @@ class ExactAverages:
         self._catch_up()
         for index, slow in enumerate(self._slow):
             # The difference first: added to an average, a small drift would lose its last bits.
-            slow.mul_(self._slow_momentum).add_(self.drift(index))
+            slow.mul_(self._slow_momentum).add_(self._drift_at_home(index))
+
+    def _drift_at_home(self, index: int) -> Tensor:
+        return self._average[index] - self._park.read(index).to(self._device)
 
     def drift(self, index: int) -> Tensor:
-        average = self._average[index]
-        return average - self._park.read(index).to(average.device)
+        return self._drift_at_home(index).to(self._parameters[index].device)
 
     def slow_drift(self, index: int) -> Tensor:
-        return self._slow[index]
+        return self._slow[index].to(self._parameters[index].device)
 
     def pull_back(self, index: int) -> Tensor:
-        return self._average[index] - self._parameters[index]
+        parameter = self._parameters[index]
+        return self._average[index].to(parameter.device) - parameter
 
     def shift(self, index: int, delta: Tensor) -> None:
-        self._average[index].add_(delta)
+        self._average[index].add_(delta.to(self._device))
 
     def tensors(self) -> dict[str, Tensor]:
         start = [self._park.read(index) for index in range(len(self._average))]
-        named = _named(average=self._average, window_start=start, slow=self._slow)
-        return {**named, MEMORY: self._memory.tensor}
+        state = named(average=self._average, window_start=start, slow=self._slow)
+        return {**state, MEMORY: self.memory.tensor}
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        for name, tensor in _named(average=self._average, slow=self._slow).items():
+        for name, tensor in named(average=self._average, slow=self._slow).items():
             tensor.copy_(saved[name])
-        self._memory.tensor.copy_(saved[MEMORY])
+        self.memory.tensor.copy_(saved[MEMORY])
         self._park.save([saved[f"window_start.{index}"] for index in range(len(self._average))])
 
     def bytes_held(self) -> int:
-        parked_bytes = 0 if self._average[0].is_cuda else self._park.resident_bytes
-        return _num_bytes(self._average) + _num_bytes(self._slow) + parked_bytes
+        if self._device != self._parameters[0].device:
+            return 0
+        parked_bytes = 0 if self._device.type == "cuda" else self._park.resident_bytes
+        return num_bytes(self._average) + num_bytes(self._slow) + parked_bytes
+
+    def places(self) -> list[tuple[str, int]]:
+        with_weights = self._device == self._parameters[0].device
+        moving_bytes = num_bytes(self._average) + num_bytes(self._slow)
+        return [
+            ("device" if with_weights else "host", moving_bytes),
+            (self._park.place, num_bytes(self._average)),
+        ]
 
     def moving_tensors(self) -> list[Tensor]:
-        return [*self._average, self._memory.tensor]
-
-
-class CompactAverages:
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        *,
-        average_steps: int,
-        slow_momentum: float,
-        average_share: float = 0.0,
-    ) -> None:
-        self._parameters = [p.detach() for p in parameters]
-        self._memory = TimeConstant(average_steps, average_share)
-        self._slow_momentum = slow_momentum
-        self._offset, self._drift, self._slow = (
-            [torch.zeros_like(p, dtype=torch.bfloat16) for p in self._parameters] for _ in range(3)
-        )
-        self._before: list[Tensor] = []
-
-    @torch.no_grad()
-    def before_step(self) -> None:
-        self._before = [p.clone() for p in self._parameters]
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        # average' - average = (theta' - average) / n, with theta' - average = update - offset.
-        # offset' = average' - theta' = -(1 - 1/n) (theta' - average).
-        self._memory.see_step()
-        weight = self._memory.take_weight()
-        for parameter, before, offset, drift in zip(
-            self._parameters, self._before, self._offset, self._drift, strict=True
-        ):
-            gap = before.neg_().add_(parameter).sub_(offset)
-            drift.copy_(drift + weight * gap)
-            offset.copy_(gap.mul_(weight - 1.0))
-        self._before = []
-
-    @torch.no_grad()
-    def begin_window(self) -> None:
-        torch._foreach_zero_(self._drift)
-
-    @torch.no_grad()
-    def end_window(self) -> None:
-        for slow, drift in zip(self._slow, self._drift, strict=True):
-            slow.mul_(self._slow_momentum).add_(drift)
-
-    def drift(self, index: int) -> Tensor:
-        return self._drift[index].to(self._parameters[index].dtype)
-
-    def slow_drift(self, index: int) -> Tensor:
-        return self._slow[index].to(self._parameters[index].dtype)
-
-    def pull_back(self, index: int) -> Tensor:
-        return self._offset[index].to(self._parameters[index].dtype)
-
-    def shift(self, index: int, delta: Tensor) -> None:
-        """The offset to the weights is unchanged: nothing to do."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        named = _named(offset=self._offset, drift=self._drift, slow=self._slow)
-        return {**named, MEMORY: self._memory.tensor}
-
-    @torch.no_grad()
-    def load(self, saved: Mapping[str, Tensor]) -> None:
-        for name, tensor in self.tensors().items():
-            tensor.copy_(saved[name])
-
-    def bytes_held(self) -> int:
-        return _num_bytes(self._offset) + _num_bytes(self._drift) + _num_bytes(self._slow)
-
-    def moving_tensors(self) -> list[Tensor]:
-        return [*self._offset, self._memory.tensor]
-
-
-def _named(**lists: list[Tensor]) -> dict[str, Tensor]:
-    return {f"{name}.{index}": t for name, items in lists.items() for index, t in enumerate(items)}
-
-
-def _num_bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+        return [*self._average, self.memory.tensor]

@@ -50,19 +50,13 @@ class Basis:
     ) -> None:
         """`park` and `make_history_store` give stores of the basis' own; else process memory is used."""
         self.num_groups = len(groups)
+        self._settings, self._park = settings, park
         self._optimizers = list(optimizers)
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group.parameters]
         self._index = {p: index for index, p in enumerate(self.parameters)}
         self.group_of = [g for g, group in enumerate(groups) for _ in group.parameters]
-        self.averages: Averages = make_averages(
-            self.parameters,
-            average_steps=settings.average_steps,
-            average_share=settings.average_share,
-            every_steps=settings.average_every_steps,
-            slow_momentum=settings.slow_momentum,
-            dtype=settings.dtype,
-            park=park,
-        )
+        self._form = (settings.dtype, False)  # type, and whether the averages are on the host
+        self.averages = self._make_averages(former=None)
         self._sample = WeightSample(groups, settings.sample_size, seed=seed)
         device = self.parameters[0].device
         self._former_GKm = torch.zeros(self.num_groups, K, settings.sample_size, device=device)
@@ -78,6 +72,34 @@ class Basis:
                 dtype=settings.dtype,
                 make_store=make_history_store,
             )
+
+    def _make_averages(self, former: Averages | None) -> Averages:
+        settings, (dtype, on_host) = self._settings, self._form
+        return make_averages(
+            self.parameters,
+            average_steps=settings.average_steps,
+            average_share=settings.average_share,
+            every_steps=settings.average_every_steps,
+            slow_momentum=settings.slow_momentum,
+            dtype=dtype,
+            park=self._park,
+            on_host=on_host,
+            former=former,
+        )
+
+    @torch.no_grad()
+    def put_into(self, dtype: str, on_host: bool) -> None:
+        """Averages and history in another type ("fp32", "bf16") or place, between two steps.
+
+        What they hold is kept as exactly as the type allows; on the host averages are exact. Weights are not
+        touched, but a later jump is no longer that of an undisturbed run, bit for bit.
+        """
+        if self._form == (dtype, on_host):
+            return
+        self._form = (dtype, on_host)
+        self.averages = self._make_averages(former=self.averages)
+        if self.history is not None:
+            self.history.put_into(dtype)
 
     def directions(self, *, with_momentum: bool = True) -> Iterator[tuple[int, list[Tensor]]]:
         """(parameter index, its K directions), one parameter at a time to bound memory.
@@ -193,6 +215,13 @@ class Basis:
         samples = (self._former_GKm, self._has_former)
         past = self.history.bytes_held() if self.history is not None else 0
         return self.averages.bytes_held() + past + sum(t.numel() * t.element_size() for t in samples)
+
+    def close(self) -> None:
+        """Give parked memory and files back; the basis is at its end."""
+        if self._park is not None:
+            self._park.close()
+        if self.history is not None:
+            self.history.close()
 
 
 def _check_sample_fits(sample_size: int, num_groups: int) -> None:

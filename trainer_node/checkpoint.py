@@ -8,10 +8,12 @@ is a function of seed and step.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,15 @@ from torch import Tensor, nn
 
 from common import sealed_folder
 from common.errors import CheckpointError, EnvironmentFault
-from common.messages import CheckpointWritten
+from common.messages import CheckpointWritten, MemoryAction
 from trainer_node.fingerprint import fingerprint
 from trainer_node.groups import dtype_name
 from trainer_node.loop import Loop
-from trainer_node.progress import progress_from_json
+from trainer_node.memory_orders import put_in_force
+from trainer_node.memory_state import MemoryState, memory_state_from_json
+from trainer_node.progress import Progress, progress_from_json
 from trainer_node.snapshot import random_state, set_random_state
+from trainer_node.strict_json import with_nan, without_nan
 
 STATE_VERSION = 3
 READ_OUT = "read_out.safetensors"  # parameters; buffers are those of model.safetensors
@@ -42,6 +47,9 @@ class Checkpoints:
         self._in_flight: Future[None] | None = None
         self.best_name = ""
         self.last_failed = False  # the newest attempt left nothing behind
+        # As the thread found them after the last checkpoint; None = not known yet.
+        self.newest_bytes: int | None = None
+        self.free_bytes: int | None = None
 
     def save(
         self,
@@ -75,6 +83,18 @@ class Checkpoints:
             fingerprint=facts["fingerprint"],
         )
 
+    def saved_until(self, step: int) -> list[Path]:
+        """Whole folders of this run that hold at most `step` steps, newest first."""
+        self.wait()
+        return [f for f in sealed_folder.folders(self._root) if sealed_folder.age_key(f.name)[1] <= step]
+
+    def forget_newer(self, than: Path) -> None:
+        """A run that was set back must not be resumed from what it left behind."""
+        self.wait()
+        found = sealed_folder.folders(self._root)
+        for folder in found[: found.index(than)]:
+            sealed_folder.remove(folder)
+
     def wait(self) -> None:
         if self._in_flight is not None:
             self._in_flight.result()
@@ -86,12 +106,19 @@ class Checkpoints:
 
     def _seal(self, temporary: Path, facts: dict[str, Any]) -> None:
         try:
-            sealed_folder.seal(temporary, facts)
+            sealed = sealed_folder.seal(temporary, facts)
         except EnvironmentFault as error:
             self._fail(str(error))
             return
         for folder in _superfluous(sealed_folder.folders(self._root), self._keep, self.best_name):
             sealed_folder.remove(folder)
+        self._measure_disk(sealed)
+
+    def _measure_disk(self, sealed: Path) -> None:
+        """Here, in the thread: a disk that hangs must not stop a step."""
+        with contextlib.suppress(OSError):
+            self.newest_bytes = sum(path.stat().st_size for path in sealed.iterdir())
+            self.free_bytes = shutil.disk_usage(self._root).free
 
     def _fail(self, text: str) -> None:
         self.last_failed = True
@@ -120,20 +147,44 @@ def _write(folder: Path, loop: Loop, housekeeping: Mapping[str, Any]) -> dict[st
         "progress": progress.to_json(),
         "ledger": loop.ledger.to_json(),
         "housekeeping": dict(housekeeping),
+        "memory": loop.memory.to_json(),
     }
-    (folder / "state.json").write_text(json.dumps(_nan_safe(state), sort_keys=True), encoding="utf-8")
-    weights = fingerprint(p for p in model.parameters() if p.requires_grad)
+    (folder / "state.json").write_text(json.dumps(without_nan(state), sort_keys=True), encoding="utf-8")
+    # On the host: its sums would take a few MiB of a device that may have none left.
+    weights = fingerprint(p.detach().cpu() for p in model.parameters() if p.requires_grad)
     return {"step": progress.step, "generation": loop.generation, "fingerprint": weights}
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a verified folder holds, on the host."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    progress: Progress
+    optimizer_values: dict[str, Any]
+    ledger: dict[str, Any]
+    housekeeping: dict[str, Any]
+    memory: MemoryState
+
+
 def load(folder: Path, loop: Loop) -> dict[str, Any]:
-    """Put a verified checkpoint into the loop; returns the housekeeping values.
+    """Put a verified checkpoint into a fresh loop; returns the housekeeping values.
 
     Raises CheckpointError before anything is changed if the folder is damaged or of another model.
     """
+    saved = read(folder, loop)
+    put_in_force(loop, saved.memory)
+    put_tensors(loop, saved, folder)
+    loop.ledger.load(saved.ledger)
+    loop.progress = saved.progress
+    return saved.housekeeping
+
+
+def read(folder: Path, loop: Loop) -> Saved:
+    """Changes nothing. Raises CheckpointError if the folder is damaged or of another model."""
     sealed_folder.verify(folder)
     try:
-        state = _from_nan_safe(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        state = with_nan(json.loads((folder / "state.json").read_text(encoding="utf-8")))
         tensors = {
             name: load_file(folder / f"{name}.safetensors")
             for name in ("model", "optimizer", "basis", "random")
@@ -142,14 +193,16 @@ def load(folder: Path, loop: Loop) -> dict[str, Any]:
         if state["version"] != STATE_VERSION:
             raise CheckpointError(f"{folder}: state version {state['version']} is not {STATE_VERSION}")
         _check_same_model(folder, state["parameters"], parameter_table(loop.task.model))
-        progress = progress_from_json(state["progress"], loop.rules)
-        optimizer_values, housekeeping = state["optimizer_values"], state["housekeeping"]
+        return Saved(
+            tensors=tensors,
+            progress=progress_from_json(state["progress"], loop.rules),
+            optimizer_values=state["optimizer_values"],
+            ledger=state["ledger"],
+            housekeeping=dict(state["housekeeping"]),
+            memory=memory_state_from_json(state.get("memory", {})),
+        )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read ({error}); use an older checkpoint") from None
-    _load_tensors(loop, tensors, optimizer_values, folder)
-    loop.ledger.load(state["ledger"])
-    loop.progress = progress
-    return dict(housekeeping)
 
 
 def load_weights(folder: Path, model: nn.Module) -> int:
@@ -161,8 +214,7 @@ def load_weights(folder: Path, model: nn.Module) -> int:
             found.update(load_file(folder / READ_OUT))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read ({error}); use an older checkpoint") from None
-    table = {name: [list(t.shape), dtype_name(t.dtype)] for name, t in found.items()}
-    _check_same_model(folder, table, parameter_table(model))
+    _check_same_model(folder, _table(found), parameter_table(model))
     with torch.no_grad():
         for name, tensor in _model_tensors(model).items():
             tensor.copy_(found[name])
@@ -170,28 +222,36 @@ def load_weights(folder: Path, model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _load_tensors(
-    loop: Loop, tensors: Mapping[str, Mapping[str, Tensor]], values: dict[str, Any], folder: Path
-) -> None:
-    if loop.basis is not None:
-        mine, saved = loop.basis.tensors(), tensors.get("basis", {})
-        if {n: (t.shape, t.dtype) for n, t in mine.items()} != {
-            n: (t.shape, t.dtype) for n, t in saved.items()
-        }:
+def put_tensors(loop: Loop, saved: Saved, folder: Path) -> None:
+    """Weights, optimizers, basis and random state. Raises CheckpointError for another basis, at once."""
+    tensors = saved.tensors
+    # Directions that were given up when this was written, and are there now, begin anew.
+    is_basis_fresh = loop.basis is not None and MemoryAction.PREDICTION_OFF in saved.memory.in_force
+    if loop.basis is not None and not is_basis_fresh:
+        loop.prediction.form(saved.memory)
+        if _table(loop.basis.tensors()) != _table(tensors.get("basis", {})):
+            loop.prediction.form(loop.memory)
             raise CheckpointError(
                 f"{folder}: was written with another [trainer.basis]; resume with its config.toml"
             )
     for name, tensor in _model_tensors(loop.task.model).items():
         tensor.copy_(tensors["model"][name])
-    _load_optimizers(loop.optimizers, tensors["optimizer"], values)
-    if loop.basis is not None:
+    _load_optimizers(loop.optimizers, tensors["optimizer"], saved.optimizer_values)
+    if is_basis_fresh:
+        loop.prediction.renew(saved.progress.phase)
+    elif loop.basis is not None:
         loop.basis.load(tensors["basis"])
+        loop.prediction.form(loop.memory)
     set_random_state(dict(tensors["random"]), loop.task.device)
 
 
 def parameter_table(model: nn.Module) -> dict[str, list[Any]]:
     """Name -> [shape, dtype] of everything that a checkpoint of this model holds."""
-    return {name: [list(t.shape), dtype_name(t.dtype)] for name, t in _model_tensors(model).items()}
+    return _table(_model_tensors(model))
+
+
+def _table(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    return {name: [list(t.shape), dtype_name(t.dtype)] for name, t in tensors.items()}
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -231,27 +291,10 @@ def _load_optimizers(
         number, index, key = name.split(".", 2)
         states[int(number)].setdefault(int(index), {})[key] = value
     for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.state.clear()  # before the new one is allocated: a device may not hold both
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().contiguous() for name, t in tensors.items()}
-
-
-def _nan_safe(value: Any) -> Any:
-    """JSON has no NaN or infinity; they are written as {"float": "nan"}."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": repr(value)}
-    if isinstance(value, dict):
-        return {key: _nan_safe(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_nan_safe(item) for item in value]
-    return value
-
-
-def _from_nan_safe(value: Any) -> Any:
-    if isinstance(value, dict):
-        if value.keys() == {"float"}:
-            return float(value["float"])
-        return {key: _from_nan_safe(item) for key, item in value.items()}
-    return [_from_nan_safe(item) for item in value] if isinstance(value, list) else value
+    """Without a copy, or with one on the host: an emergency checkpoint allocates nothing on the device."""
+    return {n: t.detach() if t.is_contiguous() else t.detach().cpu().contiguous() for n, t in tensors.items()}

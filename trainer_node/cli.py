@@ -103,6 +103,7 @@ def up(
       trainer-node up --preset digits
       trainer-node up --data book.txt --steps 500 --set trainer.optimizer.rate=0.002
       trainer-node up --set predictor.enabled=false     plain training, observed
+      trainer-node up --set monitor.device=fake:demo    see the memory guard at work without a GPU
     """
     settings = _resolve(preset, config_file, data, steps, seed, overrides)
     from trainer_node.up import start_run

@@ -32,6 +32,19 @@ class Batch:
     targets: Tensor
 
 
+def in_pieces(batches: Sequence[Batch], size: int) -> list[tuple[Batch, float]]:
+    """Each batch cut along B, in order, into pieces of at most `size` items, without a copy.
+
+    With each piece the divisor of its mean loss: sum of loss / divisor is the mean of all batches.
+    """
+    pieces = []
+    for batch in batches:
+        share = len(batch.inputs) * len(batches)
+        for inputs, targets in zip(batch.inputs.split(size), batch.targets.split(size), strict=True):
+            pieces.append((Batch(inputs, targets), share / len(inputs)))
+    return pieces
+
+
 class TrainBatches(Protocol):
     def batch(self, position: int) -> Batch:
         """Micro-batch number `position`, counted from 0 over the whole run."""

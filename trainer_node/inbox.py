@@ -21,8 +21,10 @@ from common.messages import (
     Heartbeat,
     MemoryOrder,
     Message,
+    Order,
     PhaseDecision,
     PhaseVeto,
+    StopRequest,
 )
 from common.streams import DECISIONS, HISTORY, MONITOR, ORDERS, PREDICTOR, notes_of
 from trainer_node.retention import CHECK_SECONDS, Retention
@@ -61,7 +63,7 @@ class Inbox:
         self._asked = (-1, -1)  # the newest decision point that was asked for
         self._veto: PhaseVeto | None = None
         self._veto_until_seconds = 0.0
-        self._orders: list[CheckpointRequest | MemoryOrder] = []
+        self._orders: list[Order] = []
         self._predictor_seen_seconds: float | None = None
         self._gave_up = False
         self._retention = Retention()
@@ -105,7 +107,7 @@ class Inbox:
             in_force = veto is not None and self._clock.monotonic() < self._veto_until_seconds
             return veto.reason if veto is not None and in_force else None
 
-    def take_orders(self) -> list[CheckpointRequest | MemoryOrder]:
+    def take_orders(self) -> list[Order]:
         with self._news:
             orders, self._orders = self._orders, []
             return orders
@@ -146,7 +148,7 @@ class Inbox:
                 case PhaseVeto():
                     self._veto = message if message.active else None
                     self._veto_until_seconds = self._clock.monotonic() + message.valid_seconds
-                case CheckpointRequest() | MemoryOrder():
+                case CheckpointRequest() | MemoryOrder() | StopRequest():
                     self._orders.append(message)
                 case _:
                     return

@@ -5,20 +5,23 @@
     abort    the run stops during probation             -> ABORTED (restored)
 
 Without the guard (verify.enabled = false, for races) there is no snapshot and no check, so there is
-no way back: a jump is kept whatever becomes of it. Everything it costs is in the Outcome. Real steps
-are the loop's business; phases are phases.py's.
+no way back: a jump is kept whatever becomes of it. Everything it costs is in the Outcome. Memory that
+runs out on the way fails the jump, with the same restore. Real steps are the loop's business; phases are
+phases.py's.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 from common.errors import EnvironmentFault
 from common.messages import Outcome, PhaseDecision, Verdict
 from trainer_node import ledger as purposes
 from trainer_node.delta import AppliedDelta, move
 from trainer_node.fingerprint import fingerprint
+from trainer_node.out_of_memory import OutOfMemory, TornUpdate, attempt, release
 from trainer_node.parts import move_at_once, move_in_parts
 from trainer_node.snapshot import Snapshot
 from trainer_node.trial import Before, Jump, JumpTools, blank_outcome
@@ -48,34 +51,58 @@ def start_jump(
     if not tools.settings.enabled:
         return _jump_unguarded(tools, decision, before, outcome, forecaster)
     with tools.ledger.span(purposes.SNAPSHOTS) as saving:
-        try:
-            averages = tools.basis.averages.moving_tensors()
-            snapshot = Snapshot(tools.store, tools.basis.parameters, tools.optimizers, averages)
-        except EnvironmentFault:
-            return replace(outcome, verdict=Verdict.FAILED)
-    jump = _look(tools, decision, before, replace(outcome, snapshot_seconds=saving.seconds), snapshot)
+        snapshot = _take_snapshot(tools)
+    if snapshot is None:
+        return replace(outcome, verdict=Verdict.FAILED)
+    nothing = AppliedDelta(0.0, tools.basis.empty_sample(), tools.basis.empty_sample())
+    outcome = replace(outcome, snapshot_seconds=saving.seconds)
+    jump = Jump(decision, outcome, snapshot, nothing, before.guard)
+    verdict = attempt(partial(_look_and_leap, tools, jump, before, forecaster))
+    if isinstance(verdict, OutOfMemory):
+        return fail_jump(tools, jump, verdict)
+    return jump if verdict is None else _restore(tools, jump, verdict)
+
+
+def _take_snapshot(tools: JumpTools) -> Snapshot | None:
+    """None without room for it, on the host, the disk or the device: nothing has changed then."""
+
+    def take() -> Snapshot:
+        averages = tools.basis.averages.moving_tensors()
+        return Snapshot(tools.store, tools.basis.parameters, tools.optimizers, averages)
+
+    try:
+        snapshot = attempt(take)
+    except EnvironmentFault:
+        return None
+    if isinstance(snapshot, OutOfMemory):
+        tools.on_out_of_memory(snapshot)
+        return None
+    return snapshot
+
+
+def _look_and_leap(
+    tools: JumpTools, jump: Jump, before: Before, forecaster: WeightForecaster | None
+) -> Verdict | None:
+    """What is wrong with the jump at once, if anything."""
+    _look(tools, jump, before)
     bound = ruin_bound(
         loss_before=jump.outcome.loss_before,
         first_loss=before.first_loss,
         ruin_share=tools.settings.ruin_share,
         noise=before.loss_noise,
     )
-    deltas = tools.deltas(decision, forecaster)
-    if decision.chunks > 1:
-        verdict = move_in_parts(tools, jump, deltas, bound=bound, slack=before.loss_noise)
-    else:
-        verdict = move_at_once(tools, jump, deltas, bound=bound)
-    return jump if verdict is None else _restore(tools, jump, verdict)
+    deltas = tools.deltas(jump.decision, forecaster)
+    if jump.decision.chunks > 1:
+        return move_in_parts(tools, jump, deltas, bound=bound, slack=before.loss_noise)
+    return move_at_once(tools, jump, deltas, bound=bound)
 
 
-def _look(
-    tools: JumpTools, decision: PhaseDecision, before: Before, outcome: Outcome, snapshot: Snapshot
-) -> Jump:
+def _look(tools: JumpTools, jump: Jump, before: Before) -> None:
     """The guard loss before the jump, and what it would be after probation without one."""
     with tools.ledger.span(purposes.CHECKS, passes=tools.check_passes) as check:
         loss_before = tools.guard_loss()
     before.guard.observe(
-        decision.base_step,
+        jump.decision.base_step,
         loss_before,
         longest_steps=LONGEST_SAMPLE_PROBATIONS * tools.probation_steps,
     )
@@ -85,16 +112,14 @@ def _look(
         guard=before.guard,
         loss_noise=before.loss_noise,
     )
-    outcome = replace(
-        outcome,
+    jump.outcome = replace(
+        jump.outcome,
         loss_before=loss_before,
         loss_forecast=loss_before + forecast.change,
         loss_spread=forecast.spread,
         passes=tools.check_passes,
         check_seconds=check.seconds,
     )
-    nothing = AppliedDelta(0.0, tools.basis.empty_sample(), tools.basis.empty_sample())
-    return Jump(decision, outcome, snapshot, nothing, before.guard)
 
 
 def _jump_unguarded(
@@ -105,7 +130,9 @@ def _jump_unguarded(
     forecaster: WeightForecaster | None,
 ) -> Jump | Outcome:
     with tools.ledger.span(purposes.JUMPS) as jumping:
-        delta = move(tools.basis, tools.deltas(decision, forecaster))
+        delta = attempt(lambda: move(tools.basis, tools.deltas(decision, forecaster)))
+        if isinstance(delta, OutOfMemory):
+            raise TornUpdate("a jump without its guard", delta)
         moved = fingerprint(tools.basis.parameters) != decision.base_fingerprint
     outcome = replace(outcome, delta_norm=delta.norm, jump_seconds=jumping.seconds, chunks_applied=1)
     if not moved:
@@ -114,7 +141,12 @@ def _jump_unguarded(
 
 
 def finish_jump(tools: JumpTools, jump: Jump) -> Outcome:
-    """Judge at the end of probation; restore if refused."""
+    """Judge at the end of probation; restore if refused, or if there is no memory to judge with."""
+    outcome = attempt(partial(_judge_jump, tools, jump))
+    return fail_jump(tools, jump, outcome) if isinstance(outcome, OutOfMemory) else outcome
+
+
+def _judge_jump(tools: JumpTools, jump: Jump) -> Outcome:
     moved_Gm = tools.basis.sampled(tools.basis.parameters) - jump.delta.weights_Gm
     jump.outcome = replace(
         jump.outcome,
@@ -143,6 +175,18 @@ def finish_jump(tools: JumpTools, jump: Jump) -> Outcome:
         return _restore(tools, jump, verdict)
     jump.guard.move_to(before.base_step + before.probation_steps, loss_end)
     return jump.outcome
+
+
+def fail_jump(tools: JumpTools, jump: Jump, shortage: OutOfMemory) -> Outcome:
+    """Memory ran out: FAILED and restored. Raises TornUpdate where there is no way back.
+
+    The gradients go first, since proving the restore takes a few MiB on the device.
+    """
+    release(tools.basis.parameters)
+    if jump.snapshot is None:
+        raise TornUpdate("a jump without its guard", shortage)
+    tools.on_out_of_memory(shortage)
+    return _restore(tools, jump, Verdict.FAILED)
 
 
 def abort_jump(tools: JumpTools, jump: Jump) -> Outcome:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
 
-from common.messages import CheckpointRequest, MemoryOrder, PhaseDecision
+from common.messages import Order, PhaseDecision
 
 
 class DecisionSource(Protocol):
@@ -25,7 +25,7 @@ class DecisionSource(Protocol):
     def veto(self) -> str | None:
         """Reason of the monitor's veto that is in force, or None."""
 
-    def take_orders(self) -> list[CheckpointRequest | MemoryOrder]:
+    def take_orders(self) -> list[Order]:
         """Orders that have arrived since the last call. Never blocks."""
 
 
@@ -36,7 +36,7 @@ class NoDecisions:
     def veto(self) -> str | None:
         return None
 
-    def take_orders(self) -> list[CheckpointRequest | MemoryOrder]:
+    def take_orders(self) -> list[Order]:
         return []
 
 

@@ -19,7 +19,7 @@ from common import features, sealed_folder
 from common.bus import Bus
 from common.clock import SystemClock
 from common.config import dump_settings
-from common.errors import EnvironmentFault, Fenced, UserError
+from common.errors import EnvironmentFault, Fenced, HybridError, UserError
 from common.heartbeat import Heartbeats, NodeStatus
 from common.messages import Alert, Message, Metric, PhaseDecision, RunEnded, RunStarted
 from common.open_bus import open_bus
@@ -36,6 +36,9 @@ from trainer_node.housekeeping import Housekeeping
 from trainer_node.inbox import Inbox
 from trainer_node.links import DecisionSource, RecordedDecisions
 from trainer_node.loop import Loop
+from trainer_node.memory_report import MemoryReports
+from trainer_node.out_of_memory import MemoryExhausted
+from trainer_node.provenance import write_provenance
 from trainer_node.read_out import check_read_out
 from trainer_node.run_folder import RunFolder, newest_checkpoint
 from trainer_node.sinks import MetricSinks
@@ -87,6 +90,7 @@ def run_trainer(job: TrainerJob, stop: threading.Event) -> int:
             clock=SystemClock(),
             generation=node.generation,
             snapshot_folder=job.run.path,
+            report=MemoryReports(node.emit),
         )
         if start_from is not None:
             housekeeping.load(checkpoint.load(start_from, loop))
@@ -99,20 +103,31 @@ def run_trainer(job: TrainerJob, stop: threading.Event) -> int:
         loop.ledger.start()
         if start_from is None:
             housekeeping.begin(loop)
-        loop.run()
+        exhausted: MemoryExhausted | None = None
+        try:
+            loop.run()
+        except MemoryExhausted as error:
+            exhausted = error  # the state is that before the step that did not fit: it is saved
         finished = loop.progress.step >= job.settings.trainer.steps
         housekeeping.end(loop, emergency=not finished)
         status = "finished" if finished else "stopped"
         node.emit(RunEnded(step=loop.progress.step, reason=status))
         summary = build_summary(loop, housekeeping, run_id=job.run.run_id, status=status, late=node.late)
         write_summary(job.run.summary, summary)
-    if node.fenced is not None:
-        raise node.fenced
+    fault = node.fenced or exhausted or _fault_of(housekeeping, checkpoints)
+    if fault is not None:
+        raise fault
+    return 0
+
+
+def _fault_of(housekeeping: Housekeeping, checkpoints: Checkpoints) -> HybridError | None:
+    if housekeeping.fault:
+        return UserError(housekeeping.fault)
     if checkpoints.last_failed:
-        raise EnvironmentFault(
+        return EnvironmentFault(
             "the last checkpoint could not be saved: what came after the one before is lost"
         )
-    return 0
+    return None
 
 
 class _Connection:
@@ -164,6 +179,7 @@ class _Connection:
         )
         display.start_from(loop.ledger.verdicts, loop.ledger.virtual_steps, held_out)
         self._open.callback(display.close)
+        write_provenance(self._job.run.path)
         if task.tokenizer_path is not None:
             shutil.copyfile(task.tokenizer_path, self._job.run.tokenizer)
         self._open.callback(sinks.close)

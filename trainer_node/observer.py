@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -21,8 +22,10 @@ from trainer_node.basis import Basis
 from trainer_node.featurize import StepFacts
 from trainer_node.fingerprint import fingerprint
 from trainer_node.ledger import Ledger
+from trainer_node.memory_state import MemoryState
+from trainer_node.out_of_memory import OutOfMemory, attempt
 from trainer_node.probe import Probe
-from trainer_node.progress import Progress
+from trainer_node.progress import Progress, needs_averages
 from trainer_node.step import StepTensors
 
 TOLD_TOGETHER_STEPS, TOLD_AFTER_SECONDS = 8, 0.1  # whichever comes first
@@ -34,16 +37,31 @@ class Observer:
         optimizers: Sequence[torch.optim.Optimizer],
         settings: TrainerSettings,
         *,
-        basis: Basis | None,
         ledger: Ledger,
+        memory: MemoryState,
         emit: Callable[[Observation], None],
     ) -> None:
-        self.probe = Probe(optimizers, basis.averages if basis else None)
+        self.probe = Probe(optimizers, None)
         self.fingerprint = ""  # of the weights at the newest decision point
-        self._basis, self._ledger, self._emit = basis, ledger, emit
+        self._basis: Basis | None = None
+        self._ledger, self._memory, self._emit = ledger, memory, emit
+        self._settings = settings
         self._is_lockstep = settings.decision_mode == "lockstep"
         self._window_steps, self._last_step = settings.window_steps, settings.steps
         self._untold_steps, self._untold_seconds = 0, 0.0
+
+    def watch(self, basis: Basis | None) -> None:
+        """Also what its averages are now: they may be others than before."""
+        self._basis = basis
+        self.probe.watch(basis.averages if basis else None)
+
+    def can_propose(self, progress: Progress) -> bool:
+        """Whether the window that has ended can be the base of a proposal: all of it was watched."""
+        return self._basis is not None and progress.phase.windows >= self._memory.proposals_from_window
+
+    def expect_step(self, progress: Progress) -> None:
+        """A step is to be taken from where `progress` stands."""
+        self.probe.keeps_averages = needs_averages(progress, self._settings)
 
     def observe(
         self, progress: Progress, tensors: StepTensors, facts: Callable[[], StepFacts], *, wall_seconds: float
@@ -64,10 +82,15 @@ class Observer:
         return losses + (self.tell(progress, wait=self._is_lockstep) if is_due else [])
 
     def _point(self, progress: Progress, at_point: bool) -> DecisionPoint | None:
-        if not at_point or self._basis is None:
+        basis = self._basis
+        if not at_point or basis is None or not self.can_propose(progress):
             return None
         with self._ledger.span(purposes.WINDOWS):
-            return self._close_window(self._basis, progress)
+            point = attempt(partial(self._close_window, basis, progress))
+        if isinstance(point, OutOfMemory):
+            self.probe.shortage = point  # the basis is torn
+            return None
+        return point
 
     def tell(
         self, progress: Progress, *, wait: bool, decision_point: DecisionPoint | None = None

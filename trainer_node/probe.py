@@ -19,6 +19,7 @@ from torch import Tensor
 from common.messages import DecisionPoint, Observation
 from trainer_node.averages import Averages
 from trainer_node.featurize import FeatureState, StepFacts, featurize
+from trainer_node.out_of_memory import OutOfMemory, attempt
 from trainer_node.step import StepTensors
 
 
@@ -37,29 +38,48 @@ class Probe:
         self._optimizers = list(optimizers)
         self._averages = averages
         self.keeps_averages = True  # False while no decision is to come: then they cost nothing
+        self._is_open = False
+        self.shortage: OutOfMemory | None = None  # the averages are torn: nothing keeps them any more
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._pending: deque[Pending] = deque()
 
     def __enter__(self) -> Probe:
+        self._is_open = True
+        self._hook()
+        return self
+
+    def watch(self, averages: Averages | None) -> None:
+        """Keep these up to date from the next step on, and no others."""
+        self._averages, self.shortage = averages, None
+        self._unhook()
+        if self._is_open:
+            self._hook()
+
+    def _hook(self) -> None:
         averages = self._averages
         if averages is not None:
             first, last = self._optimizers[0], self._optimizers[-1]
             self._handles = [
-                first.register_step_pre_hook(lambda *_: self._kept(averages.before_step)),
-                last.register_step_post_hook(lambda *_: self._kept(averages.after_step)),
+                first.register_step_pre_hook(lambda *_: self._keep(averages.before_step)),
+                last.register_step_post_hook(lambda *_: self._keep(averages.after_step)),
             ]
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _keep(self, work: Callable[[], None]) -> None:
+        """An error in here would tear the optimizers' step: the averages are given up instead."""
+        if self.keeps_averages and self.shortage is None:
+            shortage = attempt(work)
+            self.shortage = shortage if isinstance(shortage, OutOfMemory) else None
+
+    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _kept(self, work: Callable[[], None]) -> None:
-        if self.keeps_averages:
-            work()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_open = False
+        self._unhook()
 
     def record(self, tensors: StepTensors, facts: Callable[[], StepFacts], attempt: int) -> None:
         """Start moving a step's numbers to the host. `facts` are asked for when it is told."""

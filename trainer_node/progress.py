@@ -1,6 +1,6 @@
 """How far a run is, apart from tensors: what a checkpoint stores and a restore sets back.
 
-The data position is not stored: it is `step` times the micro-batches of a step (data.py).
+The data position is not stored: it is `data_step` times the micro-batches of a step (data.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from common.schedule import decay_start_step
 from common.settings import TrainerSettings
 from trainer_node.featurize import FeatureState, StepFacts
 from trainer_node.phases import PhaseRules, PhaseState, Position, first_state
+from trainer_node.spikes import CLEAR_STEPS
 from trainer_node.tasks import Task
 from trainer_node.trial import Before, blank_outcome
 from trainer_node.verify import MIN_FIT_POINTS, GuardRecord
@@ -29,6 +30,19 @@ class Progress:
     features: FeatureState
     recent_losses: deque[float]  # of the last two windows or more, for the no-jump forecast
     guard: GuardRecord = field(default_factory=GuardRecord)
+    skipped_steps: int = 0  # whose batches were left behind by rollbacks
+    rollbacks: int = 0  # in a row
+    spike_step: int = 0  # where the run stood when it was rolled back last
+
+    @property
+    def data_step(self) -> int:
+        """Steps whose batches have been used: no batch is used twice, unless a jump was refused."""
+        return self.step + self.skipped_steps
+
+    @property
+    def rollbacks_next(self) -> int:
+        """In a row, if the run were rolled back now."""
+        return self.rollbacks + 1 if self.step <= self.spike_step + CLEAR_STEPS else 1
 
     def copy(self) -> Progress:
         return replace(
@@ -42,6 +56,23 @@ class Progress:
         """`former`, set back to, with what was learned since: the new attempt and the guard's noise."""
         return replace(former, attempt=attempt, guard=self.guard)
 
+    def after_rollback(self, former: Progress, *, step_passes: float) -> Progress:
+        """`former`, of a checkpoint, as a new attempt behind all batches that were used since."""
+        undone_steps = self.step - former.step
+        attempt = self.attempt + 1
+        features, spent = former.features.copy(), self.features
+        features.attempts = attempt
+        features.lost_passes = spent.lost_passes + undone_steps * step_passes
+        features.check_passes, features.all_passes = spent.check_passes, spent.all_passes
+        return replace(
+            former,
+            attempt=attempt,
+            features=features,
+            skipped_steps=self.skipped_steps + undone_steps,
+            rollbacks=self.rollbacks_next,
+            spike_step=self.step,
+        )
+
     def to_json(self) -> dict[str, object]:
         return {
             "step": self.step,
@@ -50,6 +81,9 @@ class Progress:
             "features": self.features.to_json(),
             "recent_losses": list(self.recent_losses),
             "guard": asdict(self.guard),
+            "skipped_steps": self.skipped_steps,
+            "rollbacks": self.rollbacks,
+            "spike_step": self.spike_step,
         }
 
 
@@ -86,6 +120,9 @@ def progress_from_json(values: dict, rules: PhaseRules) -> Progress:
         features=FeatureState.from_json(values["features"]),
         recent_losses=deque(values["recent_losses"], maxlen=_recent_steps(rules)),
         guard=_guard_from_json(values.get("guard", {})),
+        skipped_steps=values.get("skipped_steps", 0),
+        rollbacks=values.get("rollbacks", 0),
+        spike_step=values.get("spike_step", 0),
     )
 
 
@@ -108,6 +145,7 @@ def step_facts(
     rate_factor: float,
     step_seconds: float,
     data_seconds: float,
+    skipped_steps: int = 0,
 ) -> StepFacts:
     """Facts of step `step` (from 1); the phase stood at `state` before it."""
     optimizer = settings.optimizer
@@ -128,7 +166,7 @@ def step_facts(
         warmup_steps=settings.schedule.warmup_steps,
         decay_start_step=decay_start_step(settings.steps, settings.schedule),
         units_per_step=task.units_per_step,
-        epoch=task.train.epoch(step * settings.batch.accumulation),
+        epoch=task.train.epoch((step + skipped_steps) * settings.batch.accumulation),
         micro_batches=settings.batch.accumulation,
         context=settings.model.context_tokens,
         step_seconds=step_seconds,

@@ -32,6 +32,14 @@ class TensorStore(Protocol):
     def resident_bytes(self) -> int:
         """Process memory that the saved tensors take."""
 
+    @property
+    def stored_bytes(self) -> int:
+        """Of the saved tensors, wherever they are."""
+
+    @property
+    def place(self) -> str:
+        """Where they are: "host" or "disk"."""
+
     def close(self) -> None: ...
 
 
@@ -65,6 +73,14 @@ class MemoryStore:
     @property
     def resident_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._copies)
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.resident_bytes
+
+    @property
+    def place(self) -> str:
+        return "host"
 
     def close(self) -> None:
         self._copies = []
@@ -127,7 +143,16 @@ class DiskStore:
     def resident_bytes(self) -> int:
         return 0
 
+    @property
+    def stored_bytes(self) -> int:
+        return sum(shape.numel() * dtype.itemsize for _, shape, dtype in self._saved)
+
+    @property
+    def place(self) -> str:
+        return "disk"
+
     def close(self) -> None:
+        self._saved = []
         if self._opened is not None:
             self._opened.close()
             self._opened = None

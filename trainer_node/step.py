@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def gradient_norms(groups: Sequence[ParameterGroup]) -> Tensor:
 
 def train_step(
     model: nn.Module,
-    loss_of: Callable[[object], Tensor],
+    loss_of: Callable[[Any], Tensor],
     batches: Sequence[object],
     optimizers: Sequence[torch.optim.Optimizer],
     groups: Sequence[ParameterGroup],
@@ -57,18 +58,50 @@ def train_step(
 
     `after_backward` is called when the gradients are whole and not yet clipped.
     """
+    loss = make_gradients(model, loss_of, equally(batches), optimizers, context=context)
+    if after_backward is not None:
+        after_backward()
+    return update(loss, optimizers, groups, clip_norm=clip_norm)
+
+
+def equally(batches: Sequence[object]) -> list[tuple[object, float]]:
+    return [(batch, float(len(batches))) for batch in batches]
+
+
+def make_gradients(
+    model: nn.Module,
+    loss_of: Callable[[Any], Tensor],
+    pieces: Sequence[tuple[object, float]],
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Tensor:
+    """Gradients of the loss summed over (piece, divisor of its loss); returns that loss, () nats.
+
+    Writes gradients only (and buffers that the model keeps of its forward passes): may be done again.
+    """
+    assert pieces, "a step needs at least one micro-batch"
     model.train()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     total = None
-    for batch in batches:
+    for piece, divisor in pieces:
         with context():
-            loss = loss_of(batch) / len(batches)
+            loss = loss_of(piece) / divisor
         loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
-    assert total is not None, "a step needs at least one micro-batch"
-    if after_backward is not None:
-        after_backward()
+    assert total is not None
+    return total
+
+
+def update(
+    loss: Tensor,
+    optimizers: Sequence[torch.optim.Optimizer],
+    groups: Sequence[ParameterGroup],
+    *,
+    clip_norm: float,
+) -> StepTensors:
+    """Clip the gradients and take the step."""
     norms_G = gradient_norms(groups)
     scale = torch.ones((), device=norms_G.device)
     if clip_norm > 0:
@@ -78,23 +111,48 @@ def train_step(
         torch._foreach_mul_(gradients, scale)
     for optimizer in optimizers:
         optimizer.step()
-    return StepTensors(loss=total.float(), gradient_norms_G=norms_G, clip_scale=scale)
+    return StepTensors(loss=loss.float(), gradient_norms_G=norms_G, clip_scale=scale)
 
 
 @torch.no_grad()
 def mean_loss(
     model: nn.Module,
-    loss_of: Callable[[object], Tensor],
+    loss_of: Callable[[Any], Tensor],
     batches: Sequence[object],
     *,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> float:
-    """Mean loss in evaluation mode, nats. Synchronises."""
+    """Mean loss of equally weighted batches in evaluation mode, nats. Synchronises."""
+    return float(torch.stack(_losses(model, loss_of, batches, context)).mean())
+
+
+@torch.no_grad()
+def mean_loss_of_pieces(
+    model: nn.Module,
+    loss_of: Callable[[Any], Tensor],
+    pieces: Sequence[tuple[object, float]],
+    *,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> float:
+    """The same, of (piece, divisor of its loss). Synchronises."""
+    losses = _losses(model, loss_of, [piece for piece, _ in pieces], context)
+    divisors = torch.tensor([divisor for _, divisor in pieces], device=losses[0].device)
+    return float((torch.stack(losses) / divisors).sum())
+
+
+def _losses(
+    model: nn.Module,
+    loss_of: Callable[[Any], Tensor],
+    batches: Sequence[object],
+    context: Callable[[], AbstractContextManager[object]],
+) -> list[Tensor]:
     was_training = model.training
     model.eval()
     losses = []
-    for batch in batches:
-        with context():
-            losses.append(loss_of(batch).float())
-    model.train(was_training)
-    return float(torch.stack(losses).mean())
+    try:
+        for batch in batches:
+            with context():
+                losses.append(loss_of(batch).float())
+    finally:
+        model.train(was_training)
+    return losses

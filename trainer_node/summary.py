@@ -7,9 +7,7 @@ import math
 import os
 import platform
 import resource
-import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,14 @@ from common.messages import Verdict
 from trainer_node import ledger as purposes
 from trainer_node.housekeeping import Housekeeping
 from trainer_node.loop import Loop
-
-_PACKAGES = ("hybrid-predict-trainer", "torch", "numpy", "redis", "msgpack", "tokenizers")
+from trainer_node.provenance import provenance
 
 
 def build_summary(
     loop: Loop, housekeeping: Housekeeping, *, run_id: str, status: str, late: int
 ) -> dict[str, Any]:
     """Over all processes of the run; `late` counts the decisions that came too late to this one."""
+    made_with = provenance()
     ledger, wall = loop.ledger, loop.ledger.wall_seconds
     seconds_total = ledger.total_seconds
     executed_steps = loop.progress.step + ledger.lost_steps
@@ -38,8 +36,8 @@ def build_summary(
         "status": status,
         "seed": loop.settings.seed,
         "task": loop.task.description,
-        "git_commit": git_commit(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "git_commit": made_with["git_commit"],
+        "versions": made_with["versions"],
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, device {loop.task.device}",
         "generation": loop.generation,
         "real_steps": loop.progress.step,
@@ -110,24 +108,3 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def git_commit() -> str:
-    """Commit of the code that runs, "" when it is not a git checkout."""
-    found = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() if found.returncode == 0 else ""
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -36,6 +36,7 @@ class Task:
     model: nn.Module
     loss: Callable[[Batch], Tensor]  # mean of a micro-batch, () nats per unit; regression: squared error
     accuracy: Callable[[Batch], Tensor] | None  # () share of right answers in [0, 1]
+    logits: Callable[[Tensor], Tensor] | None = None  # inputs -> (..., classes); None: there are no classes
     train: TrainBatches
     validation: Sequence[Batch]  # fixed held-out batches of equal size
     unit: str  # what units_per_step counts: "tokens", "images", "examples"
@@ -78,6 +79,7 @@ def language_task(settings: TrainerSettings, device: torch.device) -> Task:
         model=model,
         loss=lambda batch: model(batch.inputs, batch.targets),
         accuracy=None,
+        logits=lambda inputs: model(inputs),
         train=TextBatches(
             tokens.train,
             sequences=batch.sequences,
@@ -113,6 +115,7 @@ def digits_task(settings: TrainerSettings, device: torch.device) -> Task:
         model=model,
         loss=lambda batch: model(batch.inputs, batch.targets),
         accuracy=lambda batch: (model(batch.inputs).argmax(-1) == batch.targets).float().mean(),
+        logits=lambda inputs: model(inputs),
         train=ImageBatches(
             images[kept],
             labels[kept],

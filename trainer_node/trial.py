@@ -17,6 +17,7 @@ from common.settings import TrainerSettings, VerifySettings
 from trainer_node.basis import Basis
 from trainer_node.delta import AppliedDelta, coefficients_of, linear_deltas, random_deltas
 from trainer_node.ledger import CHECK_PASSES, Ledger
+from trainer_node.out_of_memory import OutOfMemory
 from trainer_node.snapshot import Snapshot, TensorStore
 from trainer_node.verify import GuardRecord
 from trainer_node.weight_forecast import WeightForecaster
@@ -34,6 +35,7 @@ class JumpTools:
     settings: VerifySettings
     probation_steps: int
     ablation_seed: int | None = None  # deltas become random directions of the same norm
+    on_out_of_memory: Callable[[OutOfMemory], None] = lambda _: None  # a jump hit it and was undone
 
     @property
     def check_passes(self) -> float:
@@ -54,12 +56,13 @@ class JumpTools:
 
 def jump_tools(
     settings: TrainerSettings,
-    *,
     basis: Basis,
-    optimizers: Sequence[torch.optim.Optimizer],
     store: TensorStore,
+    *,
+    optimizers: Sequence[torch.optim.Optimizer],
     guard_loss: Callable[[], float],
     ledger: Ledger,
+    on_out_of_memory: Callable[[OutOfMemory], None],
 ) -> JumpTools:
     return JumpTools(
         basis=basis,
@@ -70,6 +73,7 @@ def jump_tools(
         settings=settings.verify,
         probation_steps=settings.probation_steps,
         ablation_seed=settings.seed if settings.basis.ablation == "random" else None,
+        on_out_of_memory=on_out_of_memory,
     )
 
 

@@ -101,6 +101,8 @@ class Nodes:
         monitor = ["-m", "monitor_node", "serve", *common, "--record", str(run.recording)]
         if self.settings.monitor.http:
             monitor += ["--http", self.settings.monitor.http, "--address-file", str(self.page_address)]
+        if self.settings.monitor.device:
+            monitor += ["--device", self.settings.monitor.device]
         beat = ["--heartbeat-seconds", str(self.settings.monitor.heartbeat_seconds)]
         predictor = ["-m", "predictor_node", "serve", *common, *beat]
         predictor += ["--state-dir", str(run.predictor_checkpoints)]

@@ -38,7 +38,7 @@ class WeightHistory:
         if num_snapshots < 2:
             raise SettingsError("basis.history_snapshots = 1 holds no displacement; set 0, or 2 and more")
         self._parameters = [p.detach() for p in parameters]
-        self._dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+        self._dtype = _torch_type(dtype)
         self._slots = [make_store() for _ in range(num_snapshots - 1)]
         zeros = [torch.zeros_like(p, dtype=self._dtype) for p in self._parameters]
         for slot in self._slots:
@@ -87,6 +87,17 @@ class WeightHistory:
             row[size:] = np.nan
         return path_GS.tobytes()
 
+    def put_into(self, dtype: str) -> None:
+        """The displacements in another type ("fp32", "bf16"); the path stays."""
+        self._dtype = _torch_type(dtype)
+        for slot in self._slots:
+            slot.save([slot.read(index).to(self._dtype) for index in range(len(self._parameters))])
+
+    def places(self) -> list[tuple[str, int]]:
+        """Bytes and where they are: "device" (the path), "host", "disk"."""
+        path_bytes = self._path_GS.numel() * self._path_GS.element_size()
+        return [("device", path_bytes), *((slot.place, slot.stored_bytes) for slot in self._slots)]
+
     def tensors(self) -> dict[str, Tensor]:
         """All state by name, for checkpoints."""
         held = {
@@ -114,3 +125,7 @@ class WeightHistory:
     def close(self) -> None:
         for store in self._slots:
             store.close()
+
+
+def _torch_type(dtype: str) -> torch.dtype:
+    return torch.bfloat16 if dtype == "bf16" else torch.float32

@@ -15,9 +15,11 @@ from common.messages.health import (
     MemoryReport,
     Metric,
     NodeLost,
+    Order,
     OrderDone,
     PhaseVeto,
     Reading,
+    StopRequest,
     VramSample,
 )
 from common.messages.training import (
@@ -63,6 +65,7 @@ __all__ = [
     "Metric",
     "NodeLost",
     "Observation",
+    "Order",
     "OrderDone",
     "Outcome",
     "ParameterSpec",
@@ -72,6 +75,7 @@ __all__ = [
     "Reading",
     "RunEnded",
     "RunStarted",
+    "StopRequest",
     "Verdict",
     "VramSample",
 ]
@@ -79,7 +83,7 @@ __all__ = [
 Message = (
     RunStarted | Observation | Outcome | CheckpointWritten | RunEnded
     | PhaseDecision
-    | PhaseVeto | MemoryOrder | CheckpointRequest
+    | PhaseVeto | MemoryOrder | CheckpointRequest | StopRequest
     | OrderDone | Evaluation | VramSample | MemoryReport | HealthSample
     | Alert | Heartbeat | NodeLost | DeadLetter
 )  # fmt: skip

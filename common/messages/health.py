@@ -43,8 +43,19 @@ class CheckpointRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StopRequest:
+    """A person wants the run to stop after the present step, with a checkpoint to resume from."""
+
+    request_id: str
+    reason: str
+
+
+Order = MemoryOrder | CheckpointRequest | StopRequest  # what the trainer answers with an OrderDone
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OrderDone:
-    """The trainer's acknowledgement of a MemoryOrder or CheckpointRequest."""
+    """The trainer's acknowledgement of an Order."""
 
     order_id: str
     done: bool  # False: it could not be carried out, `detail` says why; the next milder state holds
@@ -111,6 +122,7 @@ class MemoryReport:
     out_of_memory: int  # caught since the process began
     micro_batch: int  # sequences or examples
     accumulation: int  # micro-batches a step
+    in_force: tuple[MemoryAction, ...]  # given up and not taken back; HALVE_MICRO_BATCH once a halving
     holders: tuple[Holder, ...]
 
 

@@ -26,3 +26,10 @@ export function duration(seconds) {
 }
 export const clock = (unixSeconds) =>
   unixSeconds > 0 ? new Date(1000 * unixSeconds).toLocaleTimeString("en", { hourCycle: "h23" }) : "";
+// Three digits that matter, e.g. steps a second; small rates keep their size.
+export const rate = (value) => (isKnown(value) ? Number(value.toPrecision(3)).toLocaleString("en") : DASH);
+// A difference always says its sign, with a minus as wide as the plus.
+export const signed = (value, digits = 4) =>
+  isKnown(value) ? (value > 0 ? "+" : "−") + Math.abs(value).toFixed(digits) : DASH;
+// What a proposal's forecast and its outcome say together; null unless both are known. Below 0: better than forecast.
+export const difference = (outcome, forecast) => (isKnown(outcome) && isKnown(forecast) ? outcome - forecast : null);

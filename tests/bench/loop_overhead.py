@@ -100,7 +100,7 @@ def parts(loop: Loop) -> dict[str, float]:
     """Microseconds: a step's observation, norms and averages; a window's end."""
     assert loop.basis is not None
     basis, progress = loop.basis, loop.progress
-    observer = Observer(loop.optimizers, loop.settings, basis=None, ledger=loop.ledger, emit=_ignore)
+    observer = Observer(loop.optimizers, loop.settings, ledger=loop.ledger, memory=loop.memory, emit=_ignore)
     progress.phase = replace(PhaseState(loop.progress.phase.phase, 5))
     tensors = StepTensors(torch.tensor(3.0), torch.ones(len(loop.groups)), torch.tensor(1.0))
 

@@ -37,9 +37,10 @@ BAD_OVERRIDES = {
     "predictor.horizon_steps=[]": "set predictor.enabled = false",
     "predictor.horizon_steps=[0]": "must be at least 1",
     "monitor.silent_seconds=0.3": "must be above monitor.heartbeat_seconds",
+    "monitor.device=gpu": "write auto, cpu, cuda or fake:SCRIPT",
+    "monitor.device=cuda:1": "write auto, cpu, cuda or fake:SCRIPT",
     "monitor.http=nonsense": "write it as HOST:PORT",
     "monitor.http=127.0.0.1:99999": "write it as HOST:PORT",
-    "monitor.cleanup_share=0.95": "must be below monitor.emergency_share",
 }
 
 
@@ -50,6 +51,18 @@ def test_a_bad_setting_is_one_line_that_names_the_cure(override: str) -> None:
     assert BAD_OVERRIDES[override] in str(error.value)
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("share", "0.8", "0.9"), ("bytes", "5", "9")])
+def test_a_cleanup_above_the_emergency_is_refused_and_one_of_them_alone_is_not(
+    kind: str, low: str, high: str
+) -> None:
+    cleanup, emergency = f"monitor.cleanup_{kind}", f"monitor.emergency_{kind}"
+    with pytest.raises(SettingsError, match=f"must be below {emergency}"):
+        load_settings(preset="nano", overrides=[f"{cleanup}={high}", f"{emergency}={low}"])
+    load_settings(preset="nano", overrides=[f"{cleanup}={low}", f"{emergency}={high}"])
+    load_settings(preset="nano", overrides=[f"{cleanup}={high}"])
+    load_settings(preset="nano", overrides=[f"{emergency}={low}"])
 
 
 def test_a_first_jump_without_enough_losses_to_judge_it_is_refused_at_once() -> None:

@@ -67,8 +67,8 @@ class Browser:
         self.call("Page.navigate", url=url)
 
     def evaluate(self, script: str) -> Any:
-        """The value of a JavaScript expression in the page."""
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        """The value of a JavaScript expression in the page; a promise is waited for."""
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise AssertionError(f"{script}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
@@ -83,6 +83,28 @@ class Browser:
                 raise AssertionError(f"never true: {script}\ncomplaints: {self.complaints}\npage:\n{text}")
             time.sleep(0.05)
         return value
+
+    def drag(self, start: tuple[float, float], end: tuple[float, float], *, moves: int = 6) -> None:
+        """With the left button, in pixels of the window."""
+        self._mouse("mouseMoved", *start)
+        self._mouse("mousePressed", *start, buttons=1)
+        for move in range(1, moves + 1):
+            x, y = (a + (b - a) * move / moves for a, b in zip(start, end, strict=True))
+            self._mouse("mouseMoved", x, y, buttons=1)
+        self._mouse("mouseReleased", *end)
+
+    def press(self, key: str) -> None:
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, text=key)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+
+    def hover(self, x: float, y: float) -> None:
+        self._mouse("mouseMoved", x, y)
+
+    def _mouse(self, kind: str, x: float, y: float, *, buttons: int = 0) -> None:
+        button = "none" if kind == "mouseMoved" and not buttons else "left"
+        self.call(
+            "Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, buttons=buttons, clickCount=1
+        )
 
     def show(self, *, width: int, height: int, dark: bool = False) -> None:
         is_phone = width < 600

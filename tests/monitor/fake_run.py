@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from common import features
+from common import features, sealed_folder
 from common import messages as m
 from common.bus import Bus
 from common.clock import Clock, FakeClock, SystemClock
@@ -54,6 +54,7 @@ def started(
 def observation(step: int, loss: float, *, phase: m.Phase = m.Phase.FULL, attempt: int = 0) -> m.Observation:
     values = dict.fromkeys(features.NAMES, 0.0)
     values |= {"loss": loss, "log10_units_per_step": math.log10(2048), "log10_step_seconds": -0.9}
+    values |= {"loss_slope_64": -0.0012}
     return m.Observation(
         step=step,
         attempt=attempt,
@@ -154,12 +155,65 @@ def evaluation(step: int, loss: float) -> m.Evaluation:
     )
 
 
+def account(
+    step: int,
+    *,
+    total_seconds: float,
+    generation: int = 1,
+    lost_steps: int = 0,
+    **seconds: float,
+) -> m.HealthSample:
+    """Where the time went, as trainer_node/housekeeping.py tells it; `seconds` by purpose."""
+    told = {**seconds, "total": total_seconds}
+    return m.HealthSample(
+        node=TRAINER,
+        step=step,
+        metrics=(
+            *(m.Metric(name=f"wall_seconds_{name}", value=value, unit="s") for name, value in told.items()),
+            m.Metric(name="lost_steps", value=float(lost_steps), unit="steps"),
+            m.Metric(name="generation", value=float(generation), unit="1"),
+        ),
+    )
+
+
+def report(step: int, holders: dict[str, int], *, occasion: str = "interval") -> m.MemoryReport:
+    held = sum(holders.values())
+    return m.MemoryReport(
+        step=step,
+        occasion=occasion,
+        allocated_bytes=held,
+        reserved_bytes=held,
+        inactive_split_bytes=0,
+        peak_bytes=held,
+        alloc_retries=0,
+        out_of_memory=0,
+        micro_batch=16,
+        accumulation=1,
+        in_force=(),
+        holders=tuple(
+            m.Holder(name=name, num_bytes=num_bytes, place="device") for name, num_bytes in holders.items()
+        ),
+    )
+
+
+def checkpoint(step: int, *, emergency: bool = False) -> m.CheckpointWritten:
+    name = sealed_folder.folder_name(step, 1, emergency=emergency)
+    return m.CheckpointWritten(name=name, step=step, attempt=0, emergency=emergency, fingerprint="f")
+
+
+def _holders(used_bytes: int) -> dict[str, int]:
+    mib = 1 << 20
+    held = {"weights": 900 * mib, "optimizer": 1800 * mib, "gradients": 900 * mib, "averages": 2700 * mib}
+    held |= {"history": 300 * mib, "snapshot": 0}
+    return held | {"rest": used_bytes - sum(held.values())}
+
+
 def fake_run(
     run_id: str = "fake", *, steps: int = 600, total_steps: int = 1000, seed: int = 0
 ) -> Iterator[Said]:
     """A run from its start to `steps`: warm-up, windows, jumps (some undone), one memory scare."""
     rng = random.Random(seed)
-    at_seconds, step = 0.0, 0
+    at_seconds, step, lost_steps, jumps, written = 0.0, 0, 0, 0, 0
 
     def say(writer: str, message: m.Message) -> Said:
         return Said(writer=writer, message=message, at_seconds=at_seconds)
@@ -168,7 +222,7 @@ def fake_run(
         return 1.7 + 5.2 * math.exp(-step / 60) + 1.6 * math.exp(-step / 400) + rng.gauss(0.0, noise)
 
     def walk(count: int, phase: m.Phase, lift: float = 0.0) -> Iterator[Said]:
-        nonlocal at_seconds, step
+        nonlocal at_seconds, step, written
         for done in range(count):
             step += 1
             at_seconds += STEP_SECONDS
@@ -179,13 +233,29 @@ def fake_run(
                     yield say(node, heartbeat(node, step, uptime_seconds=at_seconds))
                 used_gib = 12.6 if 280 < step < 330 else 8.9 + 0.1 * math.sin(step / 20)
                 yield say(MONITOR, sample(int(used_gib * 2**30), source="nvml"))
+                yield say(TRAINER, report(step, _holders(int((used_gib - 0.6) * 2**30))))
             if step % 50 == 0:
                 yield say(TRAINER, evaluation(step, loss_at(step, 0.0) + 0.12))
-                yield say(TRAINER, m.CheckpointWritten(
-                    name=f"step-{step:08d}.gen-1", step=step, attempt=0, emergency=False, fingerprint="f"
-                ))  # fmt: skip
+                yield say(TRAINER, checkpoint(step))
+                written += 1
+                yield say(TRAINER, time_account())
+
+    def time_account() -> m.HealthSample:
+        return account(
+            step,
+            total_seconds=at_seconds + 0.2 * written + 0.1 * jumps,
+            lost_steps=lost_steps,
+            steps=at_seconds - 0.002 * step,
+            data=0.004 * step,
+            verification=0.06 * jumps,
+            snapshots=0.03 * jumps,
+            waiting=0.01 * jumps,
+            evaluation=0.15 * written,
+            checkpoints=0.05 * written,
+        )
 
     yield say(TRAINER, started(run_id, steps=total_steps))
+    yield say(TRAINER, account(0, total_seconds=0.1, evaluation=0.1))
     yield from walk(64, m.Phase.WARMUP)
     turn = 0
     while step < steps:
@@ -204,6 +274,8 @@ def fake_run(
             yield from walk(PROBATION, m.Phase.CORRECT, lift=0.5)
         if verdict is m.Verdict.REFUSED:
             step = base
+            lost_steps += PROBATION
+        jumps += verdict in m.APPLIED_VERDICTS
         yield say(TRAINER, outcome(base, verdict, horizon_steps, loss=loss_at(base + 16, 0.0)))
         if turn % 12 == 7:
             reason = "memory level cleanup: 12.60 GiB used on GPU 0, threshold 12.00 GiB"

@@ -42,7 +42,7 @@ def test_a_whole_run_shows_its_step_loss_phase_and_counts() -> None:
         view.fold(said.message, sent_unix_seconds=1e9 + said.at_seconds, at_seconds=said.at_seconds)
     page = shown(view, now_seconds=said.at_seconds)
     assert page["run"]["status"] == "running"
-    assert page["progress"]["step"] == view.train.points()[-1][0] >= 600
+    assert page["progress"]["step"] == view.curves.train.points()[-1][0] >= 600
     assert page["progress"]["total_steps"] == 1000
     assert page["progress"]["loss"] == pytest.approx(2.0, abs=0.7)
     counters = page["counters"]
@@ -92,6 +92,12 @@ def test_a_refused_jump_takes_its_steps_off_the_curves_and_counts_them_as_lost()
     assert page["progress"]["lost_steps"] == 16
     assert page["series"]["jumps"] == [[16, "refused", 10]]
     assert page["progress"]["virtual_steps"] == 0
+
+
+def test_a_rollback_takes_its_steps_off_the_curves() -> None:
+    told = [fake.observation(step, 4.0) for step in (1, 2, 3, 4)]
+    again = [replace(fake.observation(step, 3.0), attempt=1) for step in (3, 4)]
+    assert fold(*told, *again).curves.train.points() == [(1, 4.0), (2, 4.0), (3, 3.0), (4, 3.0)]
 
 
 def test_an_accepted_jump_counts_virtual_steps_until_a_resume_undoes_it() -> None:
@@ -166,10 +172,10 @@ def test_a_veto_is_shown_until_it_is_lifted() -> None:
 
 
 def test_memory_shows_level_and_thresholds_of_the_run() -> None:
-    page = shown(fold(fake.sample(13 << 30)))
+    page = shown(fold(fake.sample(12 << 30)))
     assert page["memory"]["level"] == "cleanup"
     assert page["memory"]["cleanup_bytes"] == 12 << 30
-    unknown = shown(fold(fake.sample(13 << 30), fake.sample(None)))["memory"]
+    unknown = shown(fold(fake.sample(12 << 30), fake.sample(None)))["memory"]
     assert (unknown["level"], unknown["used_bytes"], unknown["unknown_reason"]) == ("cleanup", None, "lost")
 
 
@@ -240,6 +246,85 @@ def test_memory_stays_bounded_over_a_long_run() -> None:
         if step % 10 == 0:
             view.fold(fake.decision(step, 5), sent_unix_seconds=float(step), at_seconds=float(step))
             view.fold(fake.outcome(step, V.STALE, 5), sent_unix_seconds=float(step), at_seconds=float(step))
+            view.fold(
+                fake.account(step, total_seconds=float(step), steps=float(step)),
+                sent_unix_seconds=float(step),
+                at_seconds=float(step),
+            )
+            report = fake.report(step, {"weights": 1 << 30, "rest": step})
+            view.fold(report, sent_unix_seconds=float(step), at_seconds=float(step))
+            view.fold(fake.checkpoint(step), sent_unix_seconds=float(step), at_seconds=float(step))
     page = as_dict(view, now_seconds=0.0)
-    assert len(page["series"]["train"]) <= 960
-    assert len(json.dumps(page)) < 60_000
+    most = {"train": 960, "seconds": 480, "units": 480, "holders": 240, "pace": 128, "proposals": 400}
+    assert {name: len(page["series"][name]) <= rows for name, rows in most.items()} == dict.fromkeys(
+        most, True
+    )
+    assert len(page["checkpoints"]) == 12
+    assert len(json.dumps(page)) < 150_000
+
+
+def test_a_snapshot_has_every_section_of_the_page_from_the_first_moment() -> None:
+    empty = shown(new_view("run"))
+    assert {"pace", "timing", "checkpoints", "stream_health", "provenance", "holder_names"} <= set(empty)
+    new = {"seconds", "units", "holders", "order_marks", "proposals", "pace"}
+    assert {name: empty["series"][name] for name in new} == {name: [] for name in new}
+    assert empty["pace"]["saved_share"] is None
+    assert empty["provenance"] == dict.fromkeys(("git_commit", "git_diff", "config_toml", "versions"))
+
+
+def test_a_whole_run_shows_where_its_time_went_and_what_held_memory() -> None:
+    view = new_view("run")
+    for said in fake.fake_run("run", steps=600):
+        view.fold(said.message, sent_unix_seconds=1e9 + said.at_seconds, at_seconds=said.at_seconds)
+    page = shown(view, now_seconds=said.at_seconds)
+    assert page["timing"]["verdict"] == "compute-bound"
+    assert page["pace"]["plain_progress_per_second"] == pytest.approx(1 / fake.STEP_SECONDS, rel=0.05)
+    assert [row[0] for row in page["series"]["pace"]] == list(range(50, 601, 50))
+    seconds, units = page["series"]["seconds"], page["series"]["units"]
+    assert seconds[-1][0] == units[-1][0] == page["progress"]["step"]
+    assert units[-1][1] == pytest.approx(2048 * units[-1][0])
+    assert [row[1] for row in seconds] == sorted(row[1] for row in seconds)
+    holders, names = page["series"]["holders"], page["holder_names"]
+    assert (names[0], names[-1]) == ("weights", "rest")
+    assert all(len(row[1]) == len(names) for row in holders)
+    assert [row["step"] for row in page["checkpoints"]] == list(range(600, 0, -50))
+    marks = page["series"]["order_marks"]
+    assert {mark[2] for mark in marks} == {"asked", "done"}
+    assert len(page["series"]["proposals"]) == len(page["series"]["jumps"]) == page["counters"]["proposals"]
+
+
+def test_what_a_sample_of_health_leaves_out_stands_as_it_was() -> None:
+    whole = m.HealthSample(
+        node="trainer", step=5, metrics=(m.Metric(name="output_entropy", value=2.0, unit="nats"),)
+    )
+    view = fold(whole, fake.account(9, total_seconds=3.0, steps=2.0))
+    health = shown(view)["health"]["trainer"]
+    assert (health["output_entropy"], health["wall_seconds_steps"]) == (2.0, 2.0)
+    assert view.health["trainer"].step == 9
+
+
+def test_no_names_from_a_stream_make_the_health_grow() -> None:
+    view = new_view("run")
+    for node in range(10):
+        for first in range(0, 1000, 50):
+            names = [str(first + n) for n in range(50)]
+            metrics = tuple(m.Metric(name=name, value=1.0, unit="1") for name in names)
+            fold(m.HealthSample(node=f"node {node}", step=1, metrics=metrics), view=view)
+    assert len(view.health) == 3
+    assert {len(sample.metrics) for sample in view.health.values()} == {128}
+
+
+def with_slope(observation: m.Observation, slope: float) -> m.Observation:
+    values = list(observation.features)
+    values[features.INDEX["loss_slope_64"]] = slope
+    return replace(observation, features=tuple(values))
+
+
+def test_a_jump_is_measured_by_the_steps_before_it_until_a_resume_undoes_it() -> None:
+    before = with_slope(fake.observation(16, 3.0), -0.01)
+    after = with_slope(fake.observation(32, 3.0, phase=m.Phase.CORRECT), -9.0)
+    kept = replace(fake.outcome(16, V.ACCEPTED, 10), loss_before=3.0, loss_end=2.79, probation_steps=16)
+    view = fold(fake.started(), before, fake.decision(16, 10), after, kept)
+    assert view.worth.before(1000) == (pytest.approx(5.0), 10)
+    fold(fake.started(first_step=8, generation=2), view=view)
+    assert view.worth.before(1000) == (0.0, 0)

@@ -10,14 +10,19 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
+import monitor_node.page
 from common.errors import UserError
+from monitor_node import feed as feed_module
+from monitor_node.events import EventStreams
 from monitor_node.feed import Feed
-from monitor_node.web import PageServer, event_stream, hosts_for, split_address
+from monitor_node.web import PageServer, hosts_for, split_address
+from tests.faults import wait_until
 from tests.monitor.test_feed import apply
 
 DEADLINE_SECONDS = 20.0
@@ -99,15 +104,21 @@ class EventReader:
         self._connection.close()
 
 
+PAGES = Path(monitor_node.page.__file__).parent
+MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+SERVED = [
+    ("/", "index.html"),
+    *((f"/static/{f.name}", f.name) for f in PAGES.iterdir() if f.suffix in MEDIA_TYPES),
+]
+STATIC = [(path, f"{MEDIA_TYPES[Path(name).suffix]}; charset=utf-8") for path, name in sorted(SERVED)]
+
+
 @pytest.mark.parametrize(
     ("path", "media_type"),
     [
-        ("/", "text/html; charset=utf-8"),
-        ("/static/style.css", "text/css; charset=utf-8"),
-        ("/static/page.js", "text/javascript; charset=utf-8"),
-        ("/static/chart.js", "text/javascript; charset=utf-8"),
-        ("/static/words.js", "text/javascript; charset=utf-8"),
+        *STATIC,
         ("/api/snapshot", "application/json"),
+        ("/static/plotly.min.js", "text/javascript; charset=utf-8"),
     ],
 )
 def test_every_answer_forbids_inline_code_and_other_origins(
@@ -119,7 +130,7 @@ def test_every_answer_forbids_inline_code_and_other_origins(
     assert policy.startswith("default-src 'self';")
     assert "unsafe" not in policy
     assert response.headers["x-content-type-options"] == "nosniff"
-    assert b"<script>" not in response.body
+    assert b"<script>" not in response.body or path.endswith("plotly.min.js")
 
 
 def test_the_page_has_no_inline_script_style_or_foreign_address(steady: PageServer) -> None:
@@ -128,7 +139,13 @@ def test_the_page_has_no_inline_script_style_or_foreign_address(steady: PageServ
         assert forbidden not in page
 
 
-@pytest.mark.parametrize("path", ["/static/../web.py", "/static/%2e%2e/web.py", "/static/", "/api", "/x"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/static/../web.py", "/static/%2e%2e/web.py", "/static/..%2fweb.py", "/static/__init__.py",
+        "/static/", "/static/index.html/", "/static//index.html", "/static/plotly.min.js.map", "/api", "/x",
+    ],
+)  # fmt: skip
 def test_nothing_else_is_served(steady: PageServer, path: str) -> None:
     response = get(steady, path)
     assert response.status == 404
@@ -211,18 +228,18 @@ def test_the_server_stops_although_viewers_are_connected(feed: Feed) -> None:
 
 
 def test_a_stream_ends_by_itself_when_the_server_stops(feed: Feed) -> None:
-    stopping = threading.Event()
+    streams = EventStreams(feed)
 
-    async def read() -> list[str]:
+    async def read() -> list[bytes]:
         pieces = []
-        async for piece in event_stream(feed, 0, stopping):
+        async for piece in streams.events(0):
             pieces.append(piece)
-            if piece.startswith("id:"):
-                stopping.set()
+            if piece.startswith(b"id:"):
+                streams.stop()
         return pieces
 
     pieces = asyncio.run(asyncio.wait_for(read(), DEADLINE_SECONDS))
-    assert pieces[0].startswith("retry:")
+    assert pieces[0].startswith(b"retry:")
     assert len(pieces) == 2
 
 
@@ -241,3 +258,44 @@ def test_a_wrong_address_is_one_line_with_an_example(address: str) -> None:
 
 def test_an_ipv6_address_is_written_in_brackets() -> None:
     assert split_address("[::1]:80") == ("::1", 80)
+
+
+def test_twenty_viewers_on_real_connections_cost_one_serialisation_each_time_and_leave_nothing(
+    server: PageServer, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    real = feed_module.as_json
+
+    def as_json(value: Any) -> bytes:
+        made.append(value)
+        return real(value)
+
+    monkeypatch.setattr(feed_module, "as_json", as_json)
+    readers = [EventReader(server) for _ in range(20)]
+    pages = [apply({}, reader.must_next()[1]) for reader in readers]
+    assert feed.viewers == 20
+    for step in range(2, 12):
+        feed.publish({"run": {"run_id": "demo"}, "series": {"train": [[x, 9.0] for x in range(1, step)]}})
+        pages = [
+            apply(page, reader.must_next()[1]) for page, reader in zip(pages, readers, strict=True)
+        ]  # each has it before there is another one
+    assert all(page == feed.snapshot() for page in pages)
+    assert len(made) == 11  # not 220
+    for reader in readers:
+        reader.close()
+    wait_until(lambda: feed.viewers == 0, DEADLINE_SECONDS)
+
+
+def test_one_viewer_too_many_is_told_when_to_come_back(
+    server: PageServer, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("monitor_node.events.MAX_VIEWERS", 1)
+    reader = EventReader(server)
+    reader.must_next()
+    refused = get(server, "/api/events")
+    assert (refused.status, refused.headers["retry-after"]) == (503, "10")
+    reader.close()
+    wait_until(lambda: feed.viewers == 0, DEADLINE_SECONDS)
+    again = EventReader(server)
+    again.must_next()
+    again.close()

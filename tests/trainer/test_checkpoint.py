@@ -12,7 +12,15 @@ from safetensors.torch import load_file
 
 from common import sealed_folder
 from common.errors import CheckpointError
-from common.messages import Alert, CheckpointRequest, CheckpointWritten, Observation, OrderDone, Phase
+from common.messages import (
+    Alert,
+    CheckpointRequest,
+    CheckpointWritten,
+    Observation,
+    OrderDone,
+    Phase,
+    StopRequest,
+)
 from tests.trainer.test_loop import proposal
 from tests.trainer.tiny import ScriptedLinks, same_bits, tiny_loop, tiny_settings, weights_of
 from trainer_node import checkpoint
@@ -106,6 +114,21 @@ def test_only_the_newest_the_best_and_one_emergency_are_kept(tmp_path: Path) -> 
     assert all(o.bytes_before > 0 and o.bytes_after > 0 for o in links.of(OrderDone))
 
 
+def test_a_request_to_stop_is_answered_and_ends_the_run_where_it_may_be_saved() -> None:
+    links = ScriptedLinks()
+    housekeeping = Housekeeping(links.emit, None)
+
+    def between(loop: Loop) -> None:
+        if loop.progress.step == 21:
+            links.orders.append(StopRequest(request_id="s", reason="from the page"))
+        housekeeping(loop)
+
+    loop = tiny_loop(links, tiny_settings(), housekeeping=between)
+    loop.run()
+    assert (loop.progress.step, loop.is_calm) == (21, True)
+    assert [(o.order_id, o.done) for o in links.of(OrderDone)] == [("s", True)]
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("saved")
@@ -165,11 +188,13 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(
     links = ScriptedLinks()
     checkpoints = Checkpoints(tmp_path, keep=3, on_failure=failures.append)
     housekeeping = Housekeeping(links.emit, checkpoints)
+    links.orders.append(CheckpointRequest(request_id="c", emergency=True, reason="memory"))
     loop = tiny_loop(links, tiny_settings(), housekeeping=housekeeping)
     housekeeping.begin(loop)
     loop.run()
     assert loop.progress.step == 60
     assert failures
+    assert [o.done for o in links.of(OrderDone)] == [False], "said done of what is not there"
     assert all("No space left on device" in text for text in failures)
     assert links.of(CheckpointWritten) == []
     assert sealed_folder.folders(tmp_path) == []
@@ -207,7 +232,8 @@ def test_a_run_whose_loss_is_lost_says_so_once_and_keeps_its_best_checkpoint(tmp
             with torch.no_grad():
                 next(iter(loop.task.model.parameters())).fill_(float("nan"))
 
-    loop = tiny_loop(links, tiny_settings("predictor.enabled=false"), housekeeping=poison)
+    settings = tiny_settings("predictor.enabled=false", "trainer.spikes.enabled=false")
+    loop = tiny_loop(links, settings, housekeeping=poison)
     housekeeping.begin(loop)
     loop.run()
     checkpoints.close()

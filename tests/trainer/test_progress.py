@@ -7,6 +7,7 @@ import pytest
 from common.messages import Phase
 from trainer_node.phases import PhaseRules, PhaseState
 from trainer_node.progress import before_jump, first_progress, progress_from_json
+from trainer_node.spikes import CLEAR_STEPS
 from trainer_node.verify import MIN_FIT_POINTS, GuardRecord, line_forecast
 
 RULES = PhaseRules(statistics_steps=4, window_steps=6, probation_steps=5, total_steps=100)
@@ -50,6 +51,7 @@ def test_progress_survives_json():
     progress.step, progress.attempt = 17, 2
     progress.phase = PhaseState(Phase.CORRECT, 3, windows=4, used_decision="9.0", window_steps=48)
     progress.guard = GuardRecord(changes=[(6, -0.25), (11, 0.125)], step=9, loss=1.75)
+    progress.skipped_steps, progress.rollbacks, progress.spike_step = 5, 2, 12
     again = progress_from_json(json.loads(json.dumps(progress.to_json())), RULES)
     assert repr(again) == repr(progress)  # by text, as NaN is not equal to itself
     assert again.recent_losses.maxlen == progress.recent_losses.maxlen
@@ -74,8 +76,33 @@ def test_a_restore_sets_all_back_but_what_was_learned_of_the_guard():
     assert (restored.step, restored.attempt, restored.guard.changes) == (0, 4, [(6, 0.5)])
 
 
+def test_a_rollback_goes_back_in_steps_and_on_in_data_and_attempts():
+    progress = progress_with([2.0])
+    progress.step, progress.attempt, progress.skipped_steps = 10, 3, 4
+    progress.features.all_passes, progress.features.virtual_steps = 30.0, 2
+    former = progress.copy()
+    progress.step, progress.features.all_passes, progress.features.virtual_steps = 17, 51.0, 9
+    back = progress.after_rollback(former, step_passes=3.0)
+    assert (back.step, back.attempt, back.data_step) == (10, 4, progress.data_step)
+    features = back.features
+    assert (features.attempts, features.all_passes, features.lost_passes) == (4, 51.0, 21.0)
+    assert features.virtual_steps == 2
+    assert (former.features.attempts, former.attempt) == (0, 3)
+
+
+def test_rollbacks_count_in_a_row_until_the_run_is_well_past_the_spike():
+    progress = progress_with([])
+    progress.step, progress.rollbacks, progress.spike_step = 100, 2, 100
+    assert progress.rollbacks_next == 3
+    progress.step = 100 + CLEAR_STEPS
+    assert progress.rollbacks_next == 3
+    progress.step += 1
+    assert progress.rollbacks_next == 1
+
+
 def test_a_checkpoint_from_before_there_was_a_record_of_the_guard_is_read():
     values = progress_with([2.0]).to_json()
-    del values["guard"]
+    for key in ("guard", "skipped_steps", "rollbacks", "spike_step"):
+        del values[key]
     del values["phase"]["window_steps"]
     assert progress_from_json(values, RULES).guard.changes == []

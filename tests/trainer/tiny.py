@@ -10,7 +10,7 @@ import torch
 
 from common.clock import SystemClock
 from common.config import load_settings
-from common.messages import CheckpointRequest, MemoryOrder, Message, Observation, PhaseDecision
+from common.messages import Message, Observation, Order, PhaseDecision
 from common.settings import RunSettings
 from trainer_node.assembly import build_loop, prepare_task
 from trainer_node.loop import Loop
@@ -40,7 +40,7 @@ class ScriptedLinks:
 
     answer: Callable[[Observation], PhaseDecision | None] = lambda _: None
     reason: str | None = None  # of a veto
-    orders: list[CheckpointRequest | MemoryOrder] = field(default_factory=list)
+    orders: list[Order] = field(default_factory=list)
     said: list[Message] = field(default_factory=list)
 
     def emit(self, message: Message) -> None:
@@ -54,7 +54,7 @@ class ScriptedLinks:
     def veto(self) -> str | None:
         return self.reason
 
-    def take_orders(self) -> list[CheckpointRequest | MemoryOrder]:
+    def take_orders(self) -> list[Order]:
         taken, self.orders = self.orders, []
         return taken
 

@@ -20,10 +20,9 @@ from common import features
 from common.clock import SystemClock
 from common.config import dump_settings
 from common.messages import (
-    CheckpointRequest,
-    MemoryOrder,
     Message,
     Observation,
+    Order,
     Outcome,
     Phase,
     PhaseDecision,
@@ -97,7 +96,7 @@ class Auditor:
     def veto(self) -> str | None:
         return self._predictor.veto()
 
-    def take_orders(self) -> list[CheckpointRequest | MemoryOrder]:
+    def take_orders(self) -> list[Order]:
         return self._predictor.take_orders()
 
     @property

@@ -13,7 +13,7 @@ from typing import Protocol
 from common.bus import EntryId
 from common.clock import Clock
 from common.errors import EnvironmentFault
-from common.messages import Alert, CheckpointRequest, MemoryOrder, Message, PhaseDecision, RunStarted
+from common.messages import Alert, Message, Order, PhaseDecision, RunStarted
 from common.streams import HISTORY, TRAINER, stream_of
 
 GROUP, NAME = "hybrid_predict_trainer.predictors", "default"
@@ -71,7 +71,7 @@ class InProcessPredictor:
     def veto(self) -> str | None:
         return None
 
-    def take_orders(self) -> list[CheckpointRequest | MemoryOrder]:
+    def take_orders(self) -> list[Order]:
         return []
 
 

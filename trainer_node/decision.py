@@ -1,0 +1,40 @@
+"""Asks for the decision at a decision point and says what is wrong with it, if anything. Changes nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from common.messages import PhaseDecision, Verdict
+from trainer_node import ledger as purposes
+from trainer_node import phases
+from trainer_node.progress import position_of
+
+if TYPE_CHECKING:
+    from trainer_node.loop import Loop
+
+
+def ask(
+    loop: Loop, fingerprint: str, step_seconds: float
+) -> tuple[PhaseDecision | None, Verdict | None, float]:
+    """The decision, the objection to it (None = it may be taken) and the seconds waited, for messages.
+
+    `fingerprint` is of the weights now, `step_seconds` what a step takes: a share of it is waited at most, in
+    lockstep as long as there is a predictor.
+    """
+    progress, settings = loop.progress, loop.settings
+    assert loop.basis is not None, "without directions there is nothing to ask"
+    is_lockstep = settings.decision_mode == "lockstep"
+    with loop.ledger.span(purposes.WAITING) as waiting:
+        decision = loop.links.wait_decision(
+            step=progress.step,
+            attempt=progress.attempt,
+            seconds=None if is_lockstep else settings.decision_wait_share * step_seconds,
+        )
+    verdict = phases.objection(
+        decision,
+        position=position_of(progress, loop.generation, fingerprint, loop.basis.num_groups),
+        state=progress.phase,
+        rules=loop.rules,
+        veto=loop.links.veto(),
+    )
+    return decision, verdict, waiting.seconds

@@ -1,0 +1,194 @@
+"""Takes one real step after another, smaller ones where memory runs out. Knows no phases and no jumps.
+
+Out of memory in a forward or backward pass: gradients are dropped, the random state is that from before the
+step, and the same batch is done again in micro-batches of half the size, which then stay so. The optimizers
+have not moved yet, so no step is lost, and without dropout the step is the one that would have been taken, up
+to rounding; dropout draws other masks for other micro-batches, and a model that keeps statistics of its
+forward passes (BatchNorm) has seen a part of the batch twice. Once the update has begun there is no way to do
+it again: that raises TornUpdate, and only a snapshot or a checkpoint helps.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from common.schedule import rate_factor
+from common.settings import TrainerSettings
+from trainer_node import ledger as purposes
+from trainer_node.data import Batch, in_pieces
+from trainer_node.featurize import StepFacts
+from trainer_node.groups import ParameterGroup
+from trainer_node.ledger import TRAIN_PASSES, Ledger
+from trainer_node.memory_state import MemoryState
+from trainer_node.optim.build import set_rates
+from trainer_node.out_of_memory import (
+    MemoryExhausted,
+    OutOfMemory,
+    Picture,
+    TornUpdate,
+    attempt,
+    release,
+)
+from trainer_node.phases import PhaseState
+from trainer_node.progress import step_facts
+from trainer_node.snapshot import random_state, set_random_state
+from trainer_node.step import (
+    StepTensors,
+    autocast,
+    equally,
+    make_gradients,
+    mean_loss,
+    mean_loss_of_pieces,
+    update,
+)
+from trainer_node.tasks import Task
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTaken:
+    tensors: StepTensors
+    rate_factor: float
+    passes: float
+    seconds: float  # for messages
+    wall_seconds: float
+    data_seconds: float  # for messages
+
+
+class RealSteps:
+    def __init__(
+        self,
+        task: Task,
+        optimizers: Sequence[torch.optim.Optimizer],
+        groups: Sequence[ParameterGroup],
+        settings: TrainerSettings,
+        *,
+        ledger: Ledger,
+        memory: MemoryState,
+        picture: Picture,
+        make_room: Callable[[], bool],
+        tell: Callable[[OutOfMemory, str], None],
+    ) -> None:
+        """`make_room` is asked when the micro-batch cannot be halved: False = nothing is left to give up.
+
+        `tell` hears of every time that something is done again, and how.
+        """
+        self._task, self._optimizers, self._groups = task, optimizers, groups
+        self._settings, self._ledger, self._memory = settings, ledger, memory
+        self._picture, self._make_room, self._tell = picture, make_room, tell
+        self._data_seconds = 0.0  # of the step under way, for messages
+        self._wall_seconds: deque[float] = deque(maxlen=16)
+        self._context = partial(autocast, task.device, settings.precision)
+
+    @property
+    def passes(self) -> float:
+        """Forward-equivalents of a step."""
+        each = TRAIN_PASSES + (1.0 if self._memory.is_recomputing else 0.0)
+        return each * self._settings.batch.accumulation
+
+    @property
+    def typical_wall_seconds(self) -> float:
+        """Of the last steps; 0 before there is one."""
+        return statistics.median(self._wall_seconds or [0.0])
+
+    def take(self, step: int, data_step: int, after_backward: Callable[[], None] | None = None) -> StepTaken:
+        """Number `step` of the run, counted from 0, with the batches of `data_step`.
+
+        Raises MemoryExhausted with everything as it was before, TornUpdate with torn weights.
+        """
+        settings = self._settings
+        factor = rate_factor(step, settings.steps, settings.schedule)
+        set_rates(self._optimizers, factor)
+        count, passes = settings.batch.accumulation, self.passes
+        with self._ledger.span(purposes.STEPS, passes=passes) as span:
+            self._data_seconds = 0.0
+            loss = self._gradients(range(data_step * count, (data_step + 1) * count))
+            tensors = attempt(partial(self._update, loss, after_backward), at_once=self._picture.take)
+            if isinstance(tensors, OutOfMemory):
+                raise TornUpdate(f"the update of step {step + 1}", tensors)
+        self._wall_seconds.append(span.wall_seconds)
+        return StepTaken(
+            tensors=tensors,
+            rate_factor=factor,
+            passes=passes,
+            seconds=span.seconds,
+            wall_seconds=span.wall_seconds,
+            data_seconds=self._data_seconds,
+        )
+
+    def facts(self, taken: StepTaken, phase: PhaseState, step: int, skipped_steps: int) -> StepFacts:
+        """Of step `step` (from 1), before which the phase stood at `phase`."""
+        return step_facts(
+            phase,
+            self._task,
+            self._settings,
+            step=step,
+            rate_factor=taken.rate_factor,
+            step_seconds=taken.seconds,
+            data_seconds=taken.data_seconds,
+            skipped_steps=skipped_steps,
+        )
+
+    def mean_loss(self, loss_of: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> float:
+        """In evaluation mode, in the micro-batches of training; synchronises. Raises MemoryExhausted.
+
+        Drops the gradients where memory runs out.
+        """
+
+        def measure() -> float:
+            size = self._memory.piece_size(self._settings.batch)
+            if size is None:
+                return mean_loss(self._task.model, loss_of, batches, context=self._context)
+            pieces = in_pieces(batches, size)
+            return mean_loss_of_pieces(self._task.model, loss_of, pieces, context=self._context)
+
+        return self._again_smaller(measure, put_back=lambda: None, make_room=lambda: False)
+
+    def _gradients(self, positions: range) -> Tensor:
+        device = self._task.device
+        random = random_state(device)
+
+        def work() -> Tensor:
+            with self._ledger.span(purposes.DATA) as span:
+                batches = [self._task.train.batch(position) for position in positions]
+            self._data_seconds += span.seconds
+            size = self._memory.piece_size(self._settings.batch)
+            pieces = equally(batches) if size is None else in_pieces(batches, size)
+            return make_gradients(
+                self._task.model, self._task.loss, pieces, self._optimizers, context=self._context
+            )
+
+        put_back = partial(set_random_state, random, device)
+        return self._again_smaller(work, put_back=put_back, make_room=self._make_room)
+
+    def _update(self, loss: Tensor, after_backward: Callable[[], None] | None) -> StepTensors:
+        if after_backward is not None:
+            after_backward()
+        clip_norm = self._settings.optimizer.clip_norm
+        return update(loss, self._optimizers, self._groups, clip_norm=clip_norm)
+
+    def _again_smaller(
+        self, work: Callable[[], _T], *, put_back: Callable[[], None], make_room: Callable[[], bool]
+    ) -> _T:
+        batch = self._settings.batch
+        while True:
+            result = attempt(work, at_once=self._picture.take)
+            if not isinstance(result, OutOfMemory):
+                return result
+            release(p for group in self._groups for p in group.parameters)
+            put_back()
+            if self._memory.micro_batch(batch) > 1:
+                self._memory.halvings += 1
+            elif not make_room():
+                raise MemoryExhausted(result)
+            sizes = f"{self._memory.accumulation(batch)} x {self._memory.micro_batch(batch)}"
+            self._tell(result, f"the same batch was done again as {sizes}, no step is lost")
