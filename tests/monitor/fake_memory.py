@@ -68,8 +68,8 @@ def held_gib(step: int) -> list[float]:
 
 ORDERS = [
     (690, "cleanup", "used memory is above the clean-up level", True, 12.2, 11.9, ""),
-    (700, "shrink", "clean-up freed too little", True, 12.3, 9.9, ""),
-    (900, "undo shrink", "clean for 180 steps", False, None, None, "no room: 12.1 GiB would be needed"),
+    (700, "basis-bf16", "clean-up freed too little", True, 12.3, 9.9, ""),
+    (900, "undo basis-bf16", "clean for 180 steps", False, None, None, "no room: 12.1 GiB would be needed"),
 ]
 
 
