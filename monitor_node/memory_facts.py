@@ -73,4 +73,5 @@ class MemoryFacts:
                 self.peaks = PeakSeries()
 
     def trainer_started(self) -> None:
+        self.book = order_book.trainer_started(self.book)
         self._counted, self._retrying_reports = None, 0

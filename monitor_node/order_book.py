@@ -63,6 +63,11 @@ def reported(book: OrderBook, report: MemoryReport) -> OrderBook:
     return replace(book, in_force=(*in_force, *unheard.elements()))
 
 
+def trainer_started(book: OrderBook) -> OrderBook:
+    """Nobody answers what the trainer before this one left: its own reports count from now on."""
+    return replace(book, waiting=())
+
+
 def _settled(book: OrderBook) -> OrderBook:
     while book.waiting:
         order, *later = book.waiting

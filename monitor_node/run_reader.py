@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from common.bus import Bus
 from common.clock import Clock
+from common.errors import EnvironmentFault
 from common.follower import Follower, decoded
 from common.settings import MonitorSettings
 from common.streams import STREAMS
@@ -50,6 +51,16 @@ class RunReader:
                     self._tell(row)
         if not entries and self.follower.connected:
             self.caught_up = True
+
+
+def lengths_of_run(bus: Bus, run_id: str) -> dict[str, int]:
+    """Raises EnvironmentFault where there is nothing of such a run; BusUnavailable, BusRefused, for which a
+    reader would wait.
+    """
+    lengths = stream_lengths(bus)
+    if not any(lengths.values()):
+        raise EnvironmentFault(f"there is no run '{run_id}' on this server; check --run-id and --redis")
+    return lengths
 
 
 def stream_lengths(bus: Bus) -> dict[str, int]:

@@ -19,7 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -30,7 +29,7 @@ from common.clock import Clock, SystemClock
 from common.errors import EnvironmentFault
 from monitor_node.page_files import file_routes
 from monitor_node.runs import Run, RunsFolder, plain_text, settings_that_differ
-from monitor_node.web import STOP_SECONDS, Guard, bound_socket, hosts_for
+from monitor_node.web import AppServer, Guard
 
 READ_SECONDS = 1.0
 COLUMNS = (
@@ -124,35 +123,20 @@ def build_app(table: RunsTable, *, allowed_hosts: Sequence[str]) -> ASGIApp:
     return Guard(Starlette(routes=routes), allowed_hosts)
 
 
-class ComparePage:
-    """Serves from a thread of its own while a `with` block runs. The socket is bound on construction."""
+class ComparePage(AppServer):
+    """Serves while a `with` block runs."""
 
     def __init__(self, runs_dir: Path, *, host: str, port: int, clock: Clock | None = None) -> None:
         """Raises UserError without such a folder or such an address. Port 0 takes any free one."""
         table = RunsTable(RunsFolder(runs_dir), clock or SystemClock())
-        self._socket = bound_socket(host, port)
-        bound_host, bound_port = self._socket.getsockname()[:2]
-        self.url = f"http://{f'[{bound_host}]' if ':' in bound_host else bound_host}:{bound_port}"
-        app = build_app(table, allowed_hosts=hosts_for(host, bound_host))
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                app, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False,
-                timeout_graceful_shutdown=1,
-            )
-        )  # fmt: skip
-        self._thread = threading.Thread(target=self._serve, name="page", daemon=True)
+        super().__init__(lambda hosts: build_app(table, allowed_hosts=hosts), host=host, port=port)
 
     def __enter__(self) -> ComparePage:
-        self._thread.start()
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join(STOP_SECONDS)
-        self._socket.close()
-
-    def _serve(self) -> None:
-        self._server.run(sockets=[self._socket])
+        self.stop()
 
 
 def _cell(value: Any) -> Any:

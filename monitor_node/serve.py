@@ -32,7 +32,7 @@ from monitor_node.device import Device
 from monitor_node.feed import Feed
 from monitor_node.node import MonitorNode
 from monitor_node.record import recording_beside
-from monitor_node.run_reader import RunReader, new_view, stream_lengths
+from monitor_node.run_reader import RunReader, lengths_of_run, new_view
 from monitor_node.run_view import RunView
 from monitor_node.web import PageServer
 from monitor_node.webhook import Webhook
@@ -121,9 +121,7 @@ def serve(
 
 def read_run(bus: Bus, run_id: str, clock: Clock) -> RunView:
     """What the streams say now. Raises BusUnavailable, BusRefused; EnvironmentFault without such a run."""
-    lengths = stream_lengths(bus)  # raises when there is no server, which a reader would wait for
-    if not any(lengths.values()):
-        raise EnvironmentFault(f"there is no run '{run_id}' on this server; check --run-id and --redis")
+    lengths = lengths_of_run(bus, run_id)
     view = new_view(run_id)
     reader = RunReader(bus, view, clock)
     while not reader.caught_up:

@@ -18,8 +18,7 @@ from rich.live import Live
 
 from common.bus import Bus
 from common.clock import Clock
-from common.errors import EnvironmentFault
-from monitor_node.node import RunReader, new_view, stream_lengths
+from monitor_node.run_reader import RunReader, lengths_of_run, new_view
 from monitor_node.serve import read_run
 from monitor_node.snapshot import as_dict
 from monitor_node.top_screen import screen
@@ -43,8 +42,7 @@ def top(bus: Bus, run_id: str, clock: Clock, stop: threading.Event, console: Con
         ascii_only = console.options.ascii_only
         console.print(screen(snapshot, console.width, _PLAIN_HEIGHT, footer="", ascii_only=ascii_only))
         return
-    if not any(stream_lengths(bus).values()):
-        raise EnvironmentFault(f"there is no run '{run_id}' on this server; check --run-id and --redis")
+    lengths_of_run(bus, run_id)
     with keyboard() as pressed:
         follow(bus, run_id, clock, stop, console, pressed)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import uvicorn
 from starlette.applications import Starlette
@@ -99,30 +99,18 @@ class Metrics:
         return self._answer(accept)
 
 
-class PageServer:
-    """Serves the page from a thread of its own. The socket is bound on construction."""
+class AppServer:
+    """Serves an app from a thread of its own. The socket is bound on construction."""
 
-    def __init__(
-        self,
-        feed: Feed,
-        *,
-        host: str,
-        port: int,
-        token: Token | None = None,
-        actions: ActionQueue | None = None,
-        log: NodeLog | None = None,
-    ) -> None:
-        """Raises UserError when the address cannot be bound. Port 0 takes any free one. Without a token,
-        or nobody to take the `actions`, the page is read-only.
+    def __init__(self, make_app: Callable[[Sequence[str]], ASGIApp], *, host: str, port: int) -> None:
+        """`make_app` gets the names under which it may be called. Raises UserError when the address cannot be
+        bound. Port 0 takes any free one.
         """
         self._socket = bound_socket(host, port)
         bound_host, bound_port = self._socket.getsockname()[:2]
         self.url = f"http://{f'[{bound_host}]' if ':' in bound_host else bound_host}:{bound_port}"
-        self._streams = EventStreams(feed)
-        door = ActionDoor(feed, token if actions is not None else None, actions or ActionQueue(), log)
-        app = build_app(feed, self._streams, door, allowed_hosts=hosts_for(host, bound_host))
         config = uvicorn.Config(
-            app,
+            make_app(hosts_for(host, bound_host)),
             lifespan="off",
             ws="none",
             log_config=None,
@@ -137,8 +125,7 @@ class PageServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """End all streams and the thread; takes at most about two seconds."""
-        self._streams.stop()
+        """End the thread; takes at most about two seconds."""
         self._server.should_exit = True
         if self._thread.is_alive():
             self._thread.join(STOP_SECONDS)
@@ -146,6 +133,32 @@ class PageServer:
 
     def _serve(self) -> None:
         self._server.run(sockets=[self._socket])
+
+
+class PageServer(AppServer):
+    """The page of one run."""
+
+    def __init__(
+        self,
+        feed: Feed,
+        *,
+        host: str,
+        port: int,
+        token: Token | None = None,
+        actions: ActionQueue | None = None,
+        log: NodeLog | None = None,
+    ) -> None:
+        """Without a token, or nobody to take the `actions`, the page is read-only. Raises UserError."""
+        self._streams = EventStreams(feed)
+        door = ActionDoor(feed, token if actions is not None else None, actions or ActionQueue(), log)
+        super().__init__(
+            lambda hosts: build_app(feed, self._streams, door, allowed_hosts=hosts), host=host, port=port
+        )
+
+    def stop(self) -> None:
+        """End all streams, then the thread."""
+        self._streams.stop()
+        super().stop()
 
 
 def split_address(address: str) -> tuple[str, int]:

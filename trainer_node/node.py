@@ -38,7 +38,7 @@ from trainer_node.links import DecisionSource, RecordedDecisions
 from trainer_node.loop import Loop
 from trainer_node.memory_report import MemoryReports
 from trainer_node.out_of_memory import MemoryExhausted
-from trainer_node.provenance import write_provenance
+from trainer_node.provenance import provenance, write_provenance
 from trainer_node.read_out import check_read_out
 from trainer_node.run_folder import RunFolder, newest_checkpoint
 from trainer_node.sinks import MetricSinks
@@ -112,8 +112,7 @@ def run_trainer(job: TrainerJob, stop: threading.Event) -> int:
         housekeeping.end(loop, emergency=not finished)
         status = "finished" if finished else "stopped"
         node.emit(RunEnded(step=loop.progress.step, reason=status))
-        summary = build_summary(loop, housekeeping, run_id=job.run.run_id, status=status, late=node.late)
-        write_summary(job.run.summary, summary)
+        node.sum_up(loop, housekeeping, status)
     fault = node.fenced or exhausted or _fault_of(housekeeping, checkpoints)
     if fault is not None:
         raise fault
@@ -139,6 +138,7 @@ class _Connection:
         self._job, self._open, self._stop = job, open_things, stop
         self.step = sealed_folder.age_key(start_from.name)[1] if start_from else 0
         self.fenced: Fenced | None = None
+        self._made_with = provenance()
         self._inbox: Inbox | None = None
         self._started: RunStarted | None = None
         self._resets = 0
@@ -179,7 +179,7 @@ class _Connection:
         )
         display.start_from(loop.ledger.verdicts, loop.ledger.virtual_steps, held_out)
         self._open.callback(display.close)
-        write_provenance(self._job.run.path)
+        write_provenance(self._made_with, self._job.run.path)
         if task.tokenizer_path is not None:
             shutil.copyfile(task.tokenizer_path, self._job.run.tokenizer)
         self._open.callback(sinks.close)
@@ -237,6 +237,13 @@ class _Connection:
     @property
     def late(self) -> int:
         return self._inbox.stale if self._inbox else 0
+
+    def sum_up(self, loop: Loop, housekeeping: Housekeeping, status: str) -> None:
+        run_id, late, made_with = self._job.run.run_id, self.late, self._made_with
+        summary = build_summary(
+            loop, housekeeping, run_id=run_id, status=status, late=late, made_with=made_with
+        )
+        write_summary(self._job.run.summary, summary)
 
     def _wait_for_predictor(self, inbox: Inbox) -> None:
         if not inbox.wait_for_predictor(PREDICTOR_START_SECONDS):

@@ -33,11 +33,11 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write_provenance(run_path: Path) -> None:
+def write_provenance(made_with: dict[str, Any], run_path: Path) -> None:
     """Whole or not at all. A disk that takes no file is not this module's to report: the run goes on."""
     temporary = run_path / f".{FILE}.tmp"
     try:
-        temporary.write_text(json.dumps(provenance(), indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
         temporary.replace(run_path / FILE)
     except OSError:
         temporary.unlink(missing_ok=True)

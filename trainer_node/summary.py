@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,21 @@ from common.messages import Verdict
 from trainer_node import ledger as purposes
 from trainer_node.housekeeping import Housekeeping
 from trainer_node.loop import Loop
-from trainer_node.provenance import provenance
 
 
 def build_summary(
-    loop: Loop, housekeeping: Housekeeping, *, run_id: str, status: str, late: int
+    loop: Loop,
+    housekeeping: Housekeeping,
+    *,
+    run_id: str,
+    status: str,
+    late: int,
+    made_with: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Over all processes of the run; `late` counts the decisions that came too late to this one."""
-    made_with = provenance()
+    """Over all processes of the run; `late` counts the decisions that came too late to this one.
+
+    `made_with`: provenance.py, of the start: a commit made while the run goes on is not its code.
+    """
     ledger, wall = loop.ledger, loop.ledger.wall_seconds
     seconds_total = ledger.total_seconds
     executed_steps = loop.progress.step + ledger.lost_steps

@@ -24,6 +24,7 @@ function say(text, isBad = false) {
 function askToken() {
   const dialog = byId("token-dialog");
   byId("token").value = "";
+  dialog.returnValue = ""; // a dialog keeps its last answer, and Escape gives none
   dialog.showModal();
   return new Promise((resolve) =>
     dialog.addEventListener("close", () => resolve(dialog.returnValue === "ok" ? byId("token").value.trim() : ""), { once: true }));
@@ -51,7 +52,7 @@ export function listenForActions() {
     if (action === "stop") byId("stop-dialog").showModal();
     else if (action) act(action);
   });
-  byId("stop-dialog").addEventListener("close", () => byId("stop-dialog").returnValue === "ok" && act("stop"));
+  byId("stop-dialog").querySelector("[value=ok]").addEventListener("click", () => act("stop"));
   for (const made of document.querySelectorAll("dialog button"))
     made.addEventListener("click", () => made.closest("dialog").close(made.value));
   byId("token").addEventListener("keydown", (event) => event.key === "Enter" && byId("token-dialog").close("ok"));

@@ -104,6 +104,15 @@ def test_a_report_says_nothing_of_an_order_that_is_under_way() -> None:
     assert fold(order(1, BF16), done(1), order(2, OFF), report()).in_force == (BF16,)
 
 
+def test_an_order_that_the_former_trainer_left_unanswered_keeps_no_report_from_counting() -> None:
+    facts = MemoryFacts(book=fold(order(1, BF16), done(1), order(2, OFF)))
+    facts.fold_report(report())
+    assert facts.book.in_force == (BF16,)
+    facts.trainer_started()
+    facts.fold_report(report(HALVE))
+    assert facts.book.in_force == (HALVE,)
+
+
 @settings(deadline=None)
 @given(st.lists(ACTIONS, max_size=8), st.lists(ACTIONS, max_size=8))
 def test_after_a_report_in_force_is_what_it_says(

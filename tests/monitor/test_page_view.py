@@ -273,3 +273,8 @@ def test_stopping_asks_first(browser: Browser, shown: Shown) -> None:
     browser.evaluate("document.querySelector('[data-action=stop]').click()")
     browser.evaluate("document.querySelector('#stop-dialog [value=ok]').click()")
     browser.wait_until("window.asked.length === 1 && window.asked[0][0] === '/api/actions/stop'")
+    browser.evaluate("document.querySelector('[data-action=stop]').click()")
+    browser.evaluate("document.getElementById('stop-dialog').close()")  # as Escape does
+    browser.evaluate("document.querySelector('[data-action=checkpoint]').click()")
+    browser.wait_until("window.asked.length > 1")
+    assert browser.evaluate("window.asked.map((call) => call[0].split('/').pop())") == ["stop", "checkpoint"]

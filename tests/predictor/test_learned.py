@@ -169,7 +169,10 @@ def test_the_world_model_of_a_small_job_sleeps() -> None:
     models = LearnedPolicy(trainer.settings, newest.facts).models
     models.load(newest.learned.policy.values["models"], newest.learned.policy.tensors)
     assert (models.world.updates, models.world.observed) == (0, 0)
-    assert "rssm" not in vars(LearnedPolicy(trainer.settings, newest.facts).models.world), "made for nothing"
+    asleep = LearnedPolicy(trainer.settings, newest.facts).models
+    assert not asleep.latent().any()
+    assert asleep.imagine([], 4) == []
+    assert "rssm" not in vars(asleep.world), "made for nothing"
 
 
 def test_nothing_is_tried_before_the_temper_allows_it_nor_in_the_decay() -> None:

@@ -15,7 +15,7 @@ COMMIT = "0" * 40
 
 
 def written(folder: Path) -> dict:
-    write_provenance(folder)
+    write_provenance(provenance.provenance(), folder)
     assert [path.name for path in folder.iterdir()] == [FILE]
     return json.loads((folder / FILE).read_text(encoding="utf-8"))
 
@@ -73,5 +73,5 @@ def test_without_git_the_versions_are_there(
 
 def test_a_disk_that_takes_no_file_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", answering(b""))
-    write_provenance(tmp_path / "not-there")
+    write_provenance(provenance.provenance(), tmp_path / "not-there")
     assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.trainer.test_loop import proposal
 from tests.trainer.tiny import ScriptedLinks, tiny_loop, tiny_settings
 from trainer_node.housekeeping import Housekeeping
+from trainer_node.provenance import provenance
 from trainer_node.summary import build_summary, summary_lines, write_summary
 
 KEYS = (
@@ -26,7 +27,7 @@ def summary_of_a_run(tmp_path: Path, *, status: str, last_loss: float | None = N
     housekeeping.end(loop, emergency=False)
     if last_loss is not None:
         housekeeping.last_loss = last_loss
-    summary = build_summary(loop, housekeeping, run_id="x", status=status, late=3)
+    summary = build_summary(loop, housekeeping, run_id="x", status=status, late=3, made_with=provenance())
     write_summary(tmp_path / "summary.json", summary)
 
     def no_constant(text: str) -> None:
