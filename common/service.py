@@ -7,8 +7,9 @@ no longer has is reported as a gap.
 
 A handler that fails is tried again at once, since later entries may need its effect; after
 `max_deliveries` tries the entry becomes a DeadLetter and the next one follows. One that kills the
-process counts too, by the deliveries of the group. Never retries a handler that succeeded: its
-replies wait here until the bus takes them. Not thread-safe. Reading order: common/group_reader.py.
+process counts too, by the deliveries of the group; a damaged entry is not tried at all. Never
+retries a handler that succeeded: its replies wait here until the bus takes them.
+Not thread-safe. Reading order: common/group_reader.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import codec
-from common.bus import STREAM_START, Bus, Delivery, Entry, EntryId, GroupLost
+from common.bus import DAMAGED, STREAM_START, Bus, Delivery, Entry, EntryId, GroupLost
 from common.clock import Clock
 from common.errors import BusFull, BusUnavailable, CodecError
 from common.group_reader import GroupReader
@@ -203,9 +204,11 @@ class Service:
             self._count(gaps=1)
             self._on_gap(expected, entry.id)
         handler = self._handlers.get(entry.kind)
-        if handler is None:  # a newer node may speak more
+        replies: Sequence[Message] = ()
+        if entry.kind == DAMAGED:
+            replies = [self._refuse(entry)]
+        elif handler is None:  # a newer node may speak more
             self._count(ignored=1)
-            replies: Sequence[Message] = ()
         else:
             replies = self._handle(handler, delivery)
         self._applied = entry.id  # before sending: from here on a retry must not handle it again
@@ -233,6 +236,12 @@ class Service:
             tries += 1
         self._count(dead_letters=1)
         return [_dead_letter(entry, min(tries, self._max_deliveries), failure)]
+
+    def _refuse(self, entry: Entry) -> DeadLetter:
+        error = CodecError("its checksum does not fit: damaged, or written by something else than a node")
+        self._count(failed_tries=1, dead_letters=1)
+        self._on_error(entry, error)
+        return _dead_letter(entry, 1, error)
 
     def _keep(self, reply: Message, entry: Entry) -> None:
         """Hold a reply until the bus has taken it."""

@@ -161,6 +161,8 @@ def _service(
 def _status(predictor: Predictor, service: Service) -> NodeStatus:
     counts = {
         **predictor.counters,
+        "applied_generation": service.applied.generation,  # also past what was given up
+        "applied_sequence": service.applied.sequence,
         "saved_generation": predictor.saved.generation,
         "saved_sequence": predictor.saved.sequence,
         "dead_letters": service.counters.dead_letters,
