@@ -85,3 +85,15 @@ class SchemaMismatch(CodecError):
 
 class BodyTooLarge(CodecError):
     pass
+
+
+# What data of another shape makes its reader raise: JSON, msgpack, tensors of a dtype that a library lacks.
+SENSELESS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,  # RecursionError too; also torch.OutOfMemoryError, which has another cure
+    TypeError,
+    ValueError,
+)

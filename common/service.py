@@ -174,18 +174,23 @@ class Service:
         self._send_unsent()
         deliveries = self._reader.next(self._applied, block_seconds)
         done: list[EntryId] = []
+        previous: EntryId | None = None
         for delivery in deliveries:
             if self._stop.is_set():
                 self._reader.put_back()
                 break
-            self._take(delivery)
-            done.append(delivery.entry.id)
+            self._take(delivery, previous)
+            previous = delivery.entry.id
+            done.append(previous)
         self._reader.ack(done)
         return bool(deliveries) or not self._reader.caught_up
 
-    def _take(self, delivery: Delivery) -> None:
+    def _take(self, delivery: Delivery, previous: EntryId | None) -> None:
+        """`previous`: the one before in its batch. The server gave the two as neighbours, so what is missing
+        between them need not be looked for. Left-overs come one by one and have none.
+        """
         arrived = delivery.entry.id
-        while self._applied < arrived and not _follows(self._applied, arrived):
+        while self._applied < arrived and self._applied != previous and not _follows(self._applied, arrived):
             between = [entry for entry in self._reader.behind(self._applied) if entry.id < arrived]
             if not between:
                 break

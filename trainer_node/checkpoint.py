@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common import sealed_folder
-from common.errors import CheckpointError, EnvironmentFault
+from common.errors import SENSELESS, CheckpointError, EnvironmentFault
 from common.folder_job import FilePart, FolderDone, FolderJob, carry_out
 from common.folder_process import FolderProcess, WriterGone
 from common.messages import CheckpointWritten, MemoryAction
@@ -31,6 +31,7 @@ from trainer_node.checkpoint_content import (
     READ_OUT,
     STATE_VERSION,
     Content,
+    check_optimizer_state,
     check_same_model,
     contiguous,
     facts_of,
@@ -39,6 +40,7 @@ from trainer_node.checkpoint_content import (
     model_tensors,
     parameter_table,
     table_of,
+    unreadable,
 )
 from trainer_node.loop import Loop
 from trainer_node.memory_orders import put_in_force
@@ -203,12 +205,17 @@ class Saved:
 def load(folder: Path, loop: Loop) -> dict[str, Any]:
     """Put a verified checkpoint into a fresh loop; returns the housekeeping values.
 
-    Raises CheckpointError before anything is changed if the folder is damaged or of another model.
+    Raises CheckpointError, before anything is changed if the folder is damaged or of another model.
     """
     saved = read(folder, loop)
-    put_in_force(loop, saved.memory)
-    put_tensors(loop, saved, folder)
-    loop.ledger.load(saved.ledger)
+    try:
+        put_in_force(loop, saved.memory)
+        put_tensors(loop, saved, folder)
+        loop.ledger.load(saved.ledger)
+    except torch.OutOfMemoryError:
+        raise
+    except SENSELESS as error:  # whole by its digests, yet written by something else than a trainer
+        raise unreadable(folder, error) from None
     loop.progress = saved.progress
     return saved.housekeeping
 
@@ -225,7 +232,9 @@ def read(folder: Path, loop: Loop) -> Saved:
         }
         if state["version"] != STATE_VERSION:
             raise CheckpointError(f"{folder}: state version {state['version']} is not {STATE_VERSION}")
-        check_same_model(folder, state["parameters"], parameter_table(loop.task.model))
+        for table in (state["parameters"], table_of(tensors["model"])):
+            check_same_model(folder, table, parameter_table(loop.task.model))
+        check_optimizer_state(tensors["optimizer"], loop.optimizers)
         return Saved(
             tensors=tensors,
             progress=progress_from_json(state["progress"], loop.rules),
@@ -234,8 +243,8 @@ def read(folder: Path, loop: Loop) -> Saved:
             housekeeping=dict(state["housekeeping"]),
             memory=memory_state_from_json(state.get("memory", {})),
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error}); use an older checkpoint") from None
+    except (OSError, SafetensorError, *SENSELESS) as error:
+        raise unreadable(folder, error) from None
 
 
 def load_weights(folder: Path, model: nn.Module) -> int:
@@ -245,8 +254,8 @@ def load_weights(folder: Path, model: nn.Module) -> int:
         found = load_file(folder / "model.safetensors")
         if (folder / READ_OUT).exists():
             found.update(load_file(folder / READ_OUT))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error}); use an older checkpoint") from None
+    except (OSError, SafetensorError, *SENSELESS) as error:
+        raise unreadable(folder, error) from None
     check_same_model(folder, table_of(found), parameter_table(model))
     with torch.no_grad():
         for name, tensor in model_tensors(model).items():
@@ -267,6 +276,7 @@ def put_tensors(loop: Loop, saved: Saved, folder: Path) -> None:
             raise CheckpointError(
                 f"{folder}: was written with another [trainer.basis]; resume with its config.toml"
             )
+    set_random_state(dict(tensors["random"]), loop.task.device)
     for name, tensor in model_tensors(loop.task.model).items():
         tensor.copy_(tensors["model"][name])
     load_optimizers(loop.optimizers, tensors["optimizer"], saved.optimizer_values)
@@ -275,4 +285,3 @@ def put_tensors(loop: Loop, saved: Saved, folder: Path) -> None:
     elif loop.basis is not None:
         loop.basis.load(tensors["basis"])
         loop.prediction.form(loop.memory)
-    set_random_state(dict(tensors["random"]), loop.task.device)

@@ -96,6 +96,16 @@ def optimizer_state(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[s
     return contiguous(tensors), values
 
 
+def check_optimizer_state(tensors: Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Every tensor is a number or has the shape of its parameter. Raises ValueError, IndexError, KeyError."""
+    shapes = [[p.shape for group in o.param_groups for p in group["params"]] for o in optimizers]
+    for name, tensor in tensors.items():
+        number, index, _ = name.split(".", 2)
+        shape = shapes[int(number)][int(index)]
+        if tensor.shape != shape and tensor.numel() != 1:
+            raise ValueError(f"optimizer state {name} is {list(tensor.shape)}, its parameter {list(shape)}")
+
+
 def load_optimizers(
     optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
@@ -112,3 +122,10 @@ def load_optimizers(
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without a copy, or with one on the host: an emergency checkpoint allocates nothing on the device."""
     return {n: t.detach() if t.is_contiguous() else t.detach().cpu().contiguous() for n, t in tensors.items()}
+
+
+def unreadable(folder: Path, error: Exception) -> CheckpointError:
+    words = " ".join(str(error).split())[:200]
+    return CheckpointError(
+        f"{folder}: cannot be read ({type(error).__name__}: {words}); use an older checkpoint"
+    )

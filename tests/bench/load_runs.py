@@ -106,7 +106,8 @@ def show_runs(found: dict[str, Any]) -> None:
     for row in found["rows"][:: max(1, len(found["rows"]) // 6)]:
         print(f"  {row['second']:5.0f} s  server {row['rss_bytes'] / MIB:.0f} MiB,"
               f" largest writer process {row['largest_writer_rss_bytes'] / MIB:.0f} MiB")  # fmt: skip
-    for run, said in zip(told, found["predictors"], strict=False):
+    by_name = sorted(told, key=lambda run: run["run_id"])  # the first ones have the predictors
+    for run, said in zip(by_name, found["predictors"], strict=False):
         counters = said["counters"]
         print(f"  a predictor: step {counters.get('applied_sequence', 0):.0f}, lost"
               f" {counters.get('lost_entries', 0):.0f}, alerts {said['alerts']}; of its {run['points']}"
