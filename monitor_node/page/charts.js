@@ -1,8 +1,9 @@
 // What all charts share: plotly itself, colours of the theme, the common layout, and when to draw.
-// Plotly is 5 MB, so it is loaded only after the words have been painted; it draws at most twice a second.
+// Plotly is 5 MB, so it is loaded only after the words have been painted. It draws one chart at a time, in turns
+// and a quarter of a second apart: while it draws (50 ms and more) no word can change.
 import { formatView, view } from "./view.js";
 
-const DRAW_MILLISECONDS = 500;
+const DRAW_MILLISECONDS = 250; // between two charts
 const RETRY_MILLISECONDS = 5000; // after plotly did not come, e.g. because the monitor went away
 // Plotly bundles the stylesheet of a map and puts it into the page, which the content policy refuses;
 // it does not try where an element with this id says that the sheet is there. We draw no maps.
@@ -14,6 +15,7 @@ const RULES_SHEET_ID = "plotly.js-style-global";
 const charts = new Map(); // element id -> describe() -> {data, layout} or null
 const due = new Set();
 let drawnAt = -DRAW_MILLISECONDS;
+let isUrgent = true; // the first time, and when somebody changed the view: all charts at once
 let isWaiting = false;
 let isStarted = false;
 let loading = null; // the promise of plotly
@@ -60,12 +62,12 @@ export function drawSoon(ids = charts.keys()) {
 }
 
 export function drawNow(ids = charts.keys()) {
-  drawnAt = -DRAW_MILLISECONDS;
+  isUrgent = true;
   drawSoon(ids);
 }
 
 async function drawWhenDue() {
-  if (isWaiting || performance.now() < failedAt + RETRY_MILLISECONDS) return;
+  if (isWaiting || !due.size || performance.now() < failedAt + RETRY_MILLISECONDS) return;
   isWaiting = true;
   try {
     await drawDue(await (loading ??= loadPlotly()));
@@ -74,24 +76,23 @@ async function drawWhenDue() {
     for (const id of charts.keys()) document.getElementById(id).dataset.empty = error.message;
   }
   isWaiting = false;
-  if (due.size) drawWhenDue();
+  drawWhenDue();
 }
 
 async function drawDue(plotly) {
-  await pause(Math.max(0, drawnAt + DRAW_MILLISECONDS - performance.now()));
+  const [id] = due; // the one that waits longest
+  while (!isUrgent && performance.now() < drawnAt + DRAW_MILLISECONDS) await pause(20);
   while (isDragging) await pause(50); // a redraw would end the drag
-  drawnAt = performance.now();
-  const ids = [...due];
-  due.clear();
-  for (const id of ids) {
-    try {
-      draw(plotly, id);
-    } catch (error) {
-      console.error(error); // one chart that fails leaves the others
-      document.getElementById(id).dataset.empty = "could not be drawn";
-    }
-    await pause(0); // words and keys between two charts
+  due.delete(id);
+  try {
+    draw(plotly, id);
+  } catch (error) {
+    console.error(error); // one chart that fails leaves the others
+    document.getElementById(id).dataset.empty = "could not be drawn";
   }
+  drawnAt = performance.now();
+  isUrgent &&= due.size > 0;
+  await pause(0); // words and keys between two charts
 }
 
 function draw(plotly, id) {
