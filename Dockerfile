@@ -5,10 +5,9 @@ ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_
 # The volume `runs` takes its owner from this folder, so every node may write there.
 RUN useradd --uid 10001 --create-home hpt && install -d -o hpt -g hpt /runs
 WORKDIR /app
-COPY pyproject.toml constraints.txt README.md LICENSE ./
-# What pyproject.toml lists, without torch: by far the largest package, and only the trainer needs it.
-RUN python -c "import tomllib; print(*(name for name in tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'] if not name.startswith('torch')), sep='\n')" > light.txt \
-    && pip install -c constraints.txt -r light.txt setuptools
+COPY pyproject.toml constraints.txt requirements.lock README.md LICENSE ./
+# Everything but torch: by far the largest package, and only the trainer needs it.
+RUN pip install --require-hashes --no-deps -r requirements.lock
 COPY common common
 COPY predictor_node predictor_node
 COPY monitor_node monitor_node
@@ -20,7 +19,7 @@ WORKDIR /runs
 USER hpt
 
 FROM base AS torch
-# Empty = PyPI, whose Linux wheel brings the CUDA libraries.
+# Empty = PyPI, whose Linux wheel brings the CUDA libraries. Pinned by version, not by hash: see SECURITY.md.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch \
     && pip install --no-deps --no-build-isolation .

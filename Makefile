@@ -1,5 +1,6 @@
-# Everything runs in a private .venv, pinned by constraints.txt. `make` alone prints this list of targets.
-# The set-up is repeated only when pyproject.toml, constraints.txt or this folder's path changes.
+# Everything runs in a private .venv: versions by constraints.txt, and but for torch and its CUDA packages
+# the very files by the hashes in *.lock. `make` alone prints the list of targets.
+# The set-up is repeated only when pyproject.toml, constraints.txt, a lock or this folder's path changes.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,11 +12,15 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
 TORCH_INDEX ?=
 
 # .venv is not movable and holds an editable install, so the path is a part of the key.
-KEY := $(shell (cat pyproject.toml constraints.txt; pwd) | cksum | cut -d ' ' -f 1)
+LOCKS := requirements.lock requirements-dev.lock
+KEY := $(shell (cat pyproject.toml constraints.txt $(LOCKS); pwd) | cksum | cut -d ' ' -f 1)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# A file that is not the one we tested is refused. --no-deps: a lock is complete, but for torch.
+HASHED_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --require-hashes --no-deps
+UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help up test lint setup setup-dev clean
+.PHONY: help up test lint lock setup setup-dev clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +36,18 @@ lint: setup-dev ## ruff (rules and format) and mypy --strict on common/
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/python -m mypy
 
+# Without torch, whose file depends on where it is taken from (TORCH_INDEX), and what only its CUDA build needs.
+lock: setup ## write the *.lock files anew from pyproject.toml and constraints.txt; needs the network
+	@[ -x $(VENV)/lock/bin/uv ] || { $(BIN)/python -m venv $(VENV)/lock && \
+		$(VENV)/lock/bin/python -m pip install --disable-pip-version-check --quiet uv==$(UV_VERSION); }
+	@for lock in $(LOCKS); do \
+		case $$lock in *-dev*) extra="--extra dev --extra race";; *) extra=;; esac; \
+		$(VENV)/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+			--custom-compile-command "make lock" $$extra -c constraints.txt pyproject.toml > $(VENV)/lock/whole && \
+		awk '/^[a-z]/ { torch = /^(torch|triton|cuda-|nvidia-)/ && !/^nvidia-ml-py/ } !torch' \
+			$(VENV)/lock/whole > $$lock || exit 1; \
+	done
+
 clean: ## remove .venv, build leftovers and caches; keeps runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -39,20 +56,22 @@ setup: $(VENV)/.ready-$(KEY)
 
 setup-dev: $(VENV)/.ready-dev-$(KEY)
 
-# torch first and not quiet: it is nearly all of the waiting, and its download bar is the only sign of life.
-# setuptools comes with it, pinned, so that our own package builds without another download.
+# What torch needs is in the lock too, so that only torch itself and its CUDA packages come without a hash.
+# torch is not quiet: it is nearly all of the waiting, and its download bar is the only sign of life.
 $(VENV)/.ready-$(KEY):
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(MAKE) --no-print-directory $(VENV)/new
-	@echo "==> Installing torch (large; once). Set-up needs the network only now."
+	@echo "==> Installing the packages, each with the hash in requirements.lock. Set-up needs the network only now."
+	@$(HASHED_INSTALL) -r requirements.lock
+	@echo "==> Installing torch (large; once)"
 	@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
 		echo "    No GPU seen: 'make $(MAKECMDGOALS) TORCH_INDEX=https://download.pytorch.org/whl/cpu' avoids the CUDA libraries."; fi
-	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools
-	@echo "==> Installing the rest of the packages"
+	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@$(PIP_INSTALL) --quiet --no-build-isolation -e .
 	@rm -f $(VENV)/.ready-* && touch $@
 
 $(VENV)/.ready-dev-$(KEY): | $(VENV)/.ready-$(KEY)
 	@echo "==> Installing the test tools"
+	@$(HASHED_INSTALL) -r requirements-dev.lock
 	@$(PIP_INSTALL) --quiet --no-build-isolation -e '.[dev]'
 	@touch $@
 

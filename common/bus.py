@@ -29,6 +29,7 @@ class EntryId(NamedTuple):
 
 
 STREAM_START = EntryId(0, 0)
+DAMAGED = "damaged"  # kind of an entry that is not what its writer sent: never believe its body
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,10 @@ class Delivery:
 
 
 class Bus(Protocol):
-    """One run's streams. Every method may raise BusUnavailable, BusRefused; writes also BusFull."""
+    """One run's streams. Every method may raise BusUnavailable, BusRefused; writes also BusFull.
+
+    An entry whose bytes changed in the meantime is handed out as one of kind DAMAGED.
+    """
 
     def publish(self, entries: Sequence[Entry]) -> None:
         """Append in order. Entries that are already there are skipped (idempotent retry).

@@ -3,11 +3,13 @@
     load_settings(preset="nano", overrides=["trainer.steps=500"]) -> RunSettings
     dump_settings(settings) -> TOML text that loads to the same settings
 
-Order: defaults < preset or file < --set. Nothing comes from the environment.
+Order: defaults < preset or file < --set. Nothing comes from the environment. Any text at all gives settings
+or a SettingsError of one short line, soon: a run file may be a stranger's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -25,6 +27,10 @@ from common.settings import RunSettings
 
 T = TypeVar("T")
 MIN_LOSSES = 8  # of the line fit in trainer_node/verify.py
+MAX_TOML_BYTES = 256 << 10
+# tomllib takes time as the square of a dotted key's parts: 5,000 took 40 s, these bounds 0.3 s (2026-11-21).
+MAX_DOTS_A_LINE = 200
+_SHOWN_CHARACTERS = 100
 
 
 def preset_names() -> list[str]:
@@ -51,10 +57,21 @@ def parse_settings(values: Mapping[str, Any]) -> RunSettings:
 
 
 def settings_from_toml(text: str) -> RunSettings:
+    return parse_settings(parse_toml(text))
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Any text: its table, or SettingsError. Takes less than a second."""
+    if len(text) > MAX_TOML_BYTES:
+        raise SettingsError(f"not valid TOML for a run: longer than {MAX_TOML_BYTES:,} characters")
+    if max(line.count(".") for line in text.split("\n")) > MAX_DOTS_A_LINE:
+        raise SettingsError(f"not valid TOML for a run: a line with more than {MAX_DOTS_A_LINE} dots")
     try:
-        return parse_settings(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"not valid TOML: {error}") from None
+        return tomllib.loads(text)
+    except RecursionError:
+        raise SettingsError("not valid TOML for a run: nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
+        raise SettingsError(f"not valid TOML: {_plain_line(str(error))}") from None
 
 
 def dump_settings(settings: RunSettings) -> str:
@@ -86,15 +103,16 @@ def _plain(value: Any) -> Any:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as opened:
+            text = opened.read(MAX_TOML_BYTES + 1).decode("utf-8")
     except FileNotFoundError:
         raise SettingsError(f"{file}: no such file; `trainer-node presets` lists ready-made ones") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file}: cannot be read: {error}") from None
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"{file}: not valid TOML: {error}") from None
+        return parse_toml(text)
+    except SettingsError as error:
+        raise SettingsError(f"{file}: {error}") from None
 
 
 def _read_preset(name: str) -> dict[str, Any]:
@@ -109,16 +127,18 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or len(parts) < 2 or not all(parts):
-        raise SettingsError(f"--set {override}: write it as table.key=value, e.g. trainer.steps=500")
+        raise SettingsError(
+            f"--set {_plain_line(override)}: write it as table.key=value, e.g. trainer.steps=500"
+        )
     try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text.strip()}")["value"]
+    except SettingsError:
         value = text.strip()  # a bare word is a string
     target = values
     for part in parts[:-1]:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
-            raise SettingsError(f"--set {override}: {part} is not a table")
+            raise SettingsError(f"--set {_plain_line(override)}: {_plain_line(part)} is not a table")
     target[parts[-1]] = value
 
 
@@ -127,7 +147,7 @@ def _build(cls: type[T], values: Mapping[str, Any], path: str) -> T:
     hints = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for key, value in values.items():
-        name = f"{path}{key}"
+        name = _plain_line(f"{path}{key}")
         if key not in fields:
             raise SettingsError(f"unknown key {name}{_nearest(key, fields, path)}")
         metadata = fields[key].metadata
@@ -143,21 +163,22 @@ def _build(cls: type[T], values: Mapping[str, Any], path: str) -> T:
 def _check(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):
-            raise SettingsError(f"{name} = {value!r}: must be a list")
+            raise SettingsError(f"{name} = {_shown(value)}: must be a list")
         return tuple(_check(name, item, typing.get_args(hint)[0], metadata) for item in value)
     if hint is float and type(value) is int:
-        value = float(value)
+        with contextlib.suppress(OverflowError):  # then it is none
+            value = float(value)
     if type(value) is not hint:
-        raise SettingsError(f"{name} = {value!r}: must be of type {hint.__name__}")
+        raise SettingsError(f"{name} = {_shown(value)}: must be of type {hint.__name__}")
     if isinstance(value, float) and not math.isfinite(value):
         raise SettingsError(f"{name} = {value}: must be finite")
     low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
     if low is not None and value < low:
-        raise SettingsError(f"{name} = {value}: must be at least {low}")
+        raise SettingsError(f"{name} = {_shown(value)}: must be at least {low}")
     if high is not None and value > high:
-        raise SettingsError(f"{name} = {value}: must be at most {high}")
+        raise SettingsError(f"{name} = {_shown(value)}: must be at most {high}")
     if choices is not None and value not in choices:
-        raise SettingsError(f"{name} = {value!r}: must be one of {', '.join(choices)}")
+        raise SettingsError(f"{name} = {_shown(value)}: must be one of {', '.join(choices)}")
     return value
 
 
@@ -183,10 +204,12 @@ def _check_together(settings: RunSettings) -> None:
             "predictor.horizon_steps is empty; to forbid prediction set predictor.enabled = false"
         )
     host, _, port = monitor.http.rpartition(":")
-    if monitor.http and not (host and port.isascii() and port.isdigit() and int(port) < 1 << 16):
+    if monitor.http and not (
+        host and port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 1 << 16
+    ):
         raise SettingsError(
-            f"monitor.http = {monitor.http!r}: write it as HOST:PORT, e.g. 127.0.0.1:8080; port 0 = any free"
-            " one, empty = no page"
+            f"monitor.http = {_shown(monitor.http)}: write it as HOST:PORT, e.g. 127.0.0.1:8080; port 0 = any"
+            " free one, empty = no page"
         )
     if monitor.silent_seconds <= monitor.heartbeat_seconds:
         raise SettingsError("monitor.silent_seconds must be above monitor.heartbeat_seconds")
@@ -195,10 +218,24 @@ def _check_together(settings: RunSettings) -> None:
     kind = monitor.device.partition(":")[0]
     if kind not in ("", "auto", "cpu", "cuda", "fake") or (kind == "fake") != (":" in monitor.device):
         raise SettingsError(
-            f"monitor.device = {monitor.device!r}: write auto, cpu, cuda or fake:SCRIPT, e.g. fake:demo"
+            f"monitor.device = {_shown(monitor.device)}: write auto, cpu, cuda or fake:SCRIPT, e.g. fake:demo"
         )
     if monitor.cleanup_share and monitor.emergency_share and monitor.cleanup_share >= monitor.emergency_share:
         raise SettingsError("monitor.cleanup_share must be below monitor.emergency_share")
+
+
+def _shown(value: Any) -> str:
+    """As it would be written, if that is short: it may be anything."""
+    try:
+        return _plain_line(repr(value))
+    except (ValueError, RecursionError):  # a number of thousands of digits, a table nested deeply
+        return f"({type(value).__name__})"
+
+
+def _plain_line(text: str) -> str:
+    """Bounded and printable: it goes to a terminal."""
+    text = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..."
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _nearest(word: str, known: Iterable[str], path: str = "") -> str:

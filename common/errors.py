@@ -10,7 +10,8 @@
     │   └── BusError
     │       ├── BusUnavailable                no connection, or the server is loading: retry with the same id
     │       ├── BusFull                       the server refuses writes for lack of memory
-    │       ├── BusRefused                    wrong password, no rights, or not a Redis server
+    │       ├── BusRefused                    wrong password or certificate, or not a Redis server
+    │       │   └── NotPermitted       2          the user may not do this: `monitor-node acl`
     │       └── Fenced                        a newer generation writes this stream: stop
     └── CodecError                     1      bytes that are not a message of ours
         ├── SchemaMismatch
@@ -66,6 +67,10 @@ class BusRefused(BusError):
     pass
 
 
+class NotPermitted(BusRefused):
+    exit_code = 2
+
+
 class Fenced(BusError):
     pass
 
@@ -80,3 +85,15 @@ class SchemaMismatch(CodecError):
 
 class BodyTooLarge(CodecError):
     pass
+
+
+# What data of another shape makes its reader raise: JSON, msgpack, tensors of a dtype that a library lacks.
+SENSELESS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,  # RecursionError too; also torch.OutOfMemoryError, which has another cure
+    TypeError,
+    ValueError,
+)

@@ -2,7 +2,8 @@
 
 Reads without a group, from the last ids that the file holds, so a recorder that died goes on
 where it was. Outlives a bus that is away and a disk that is full: what it cannot write it does
-not read, and the streams keep it. Decides nothing and looks into no message.
+not read, and the streams keep it. A damaged entry is left out: the recording then has a gap, and
+says so on replay. Decides nothing and looks into no message.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from common.bus import STREAM_START, Bus, Entry
+from common.bus import DAMAGED, STREAM_START, Bus, Entry
 from common.clock import Clock
-from common.errors import BodyTooLarge, BusError, BusUnavailable, EnvironmentFault
+from common.errors import BodyTooLarge, BusError, BusUnavailable, CodecError, EnvironmentFault
 from common.publisher import Backoff
 from common.recording_writer import RecordingWriter
 
@@ -27,6 +28,7 @@ BLOCK_SECONDS = 0.5  # how late `run` notices `stop`
 class RecorderCounters:
     recorded: int = 0  # since this recorder started
     too_large: int = 0  # entries left out because no reader would take them
+    damaged: int = 0  # entries left out because they are not what their writer sent
     disconnects: int = 0
     failed_writes: int = 0
 
@@ -114,9 +116,14 @@ class Recorder:
 
     def _record(self, entry: Entry) -> None:
         try:
+            if entry.kind == DAMAGED:
+                raise CodecError(
+                    f"{entry.stream} {entry.id} is damaged on the server; the recording lacks it"
+                )
             self._count(recorded=int(self._writer.append(entry)))
-        except BodyTooLarge as error:
-            self._count(too_large=1)
+        except CodecError as error:
+            too_large = isinstance(error, BodyTooLarge)
+            self._count(too_large=int(too_large), damaged=int(not too_large))
             self._on_error(error)
         self._positions[entry.stream] = entry.id
 

@@ -33,6 +33,7 @@ from common.messages import Message
 FORMAT_VERSION = 1
 MAGIC = b"\x89HPTREC\n"  # not valid UTF-8, so that no tool takes it for text
 MAX_FRAME_BYTES = 300 * 1024  # codec.MAX_BODY_BYTES and room for the envelope
+_ENTRY_FIELDS = 6
 _HEAD = struct.Struct("<III")
 _ZERO_PIECE_BYTES = 1 << 20
 
@@ -136,7 +137,9 @@ def scan_entries(file: BinaryIO, path: Path, scan: Scan) -> Iterator[Entry]:
             return
         entry = _entry_of(fields, path, scan.good_bytes)
         if entry.id <= scan.last_ids.get(entry.stream, STREAM_START):
-            raise _damaged(path, scan.good_bytes, f"{entry.stream} {entry.id} is out of order")
+            raise _damaged(
+                path, scan.good_bytes, f"{ascii(entry.stream[:80])[1:-1]} {entry.id} is out of order"
+            )
         scan.last_ids[entry.stream] = entry.id
         scan.digest.update(frame_of(payload))
         scan.num_entries += 1
@@ -174,7 +177,7 @@ def _packed(fields: list[Any]) -> bytes:
 
 def _unpacked(payload: bytes, path: Path, position: int) -> list[Any]:
     try:
-        fields = msgpack.unpackb(payload)
+        fields = msgpack.unpackb(payload, max_array_len=_ENTRY_FIELDS, max_map_len=_ENTRY_FIELDS)
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
         raise _damaged(path, position, "not msgpack") from None
     if type(fields) is not list:

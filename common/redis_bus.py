@@ -4,24 +4,28 @@ Explicit ids and one MULTI/EXEC per `publish`: either all entries of a call are 
 half-sent pipeline leaves no hole behind a later entry that got through, and a retry of the same
 entries finds them there. An id at or below the newest one is told apart by the newest one's
 generation: ours means delivered, a higher one means that we are fenced.
-Knows nothing of messages. Retries nothing: callers do, with the same ids.
+Believes no reply that may be damaged: entries carry a checksum (common/stream_records.py), a write
+is acknowledged by its own id, and a number comes twice in one answer, which has to agree with itself.
+Knows nothing of messages. Retries no write: callers do, with the same ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import redis
 
-from common.bus import STREAM_START, Delivery, Entry, EntryId
+from common.bus import DAMAGED, STREAM_START, Delivery, Entry, EntryId
 from common.errors import BusUnavailable, Fenced
-from common.redis_link import RedisLink, text_of
+from common.redis_link import DamagedReply, RedisLink, ask_twice, text_of
+from common.stream_records import Record, entry_of, fields_of, records_by_stream, records_of
 from common.streams import STREAMS, generation_key, key_of
 
 _CLAIM_PAGE_ENTRIES = 100
+_MOST_READS = 4  # of the same entries, until two agree on what is damaged
 
-_Raw = tuple[EntryId, dict[bytes, bytes] | None]  # None: the payload was trimmed away
+T = TypeVar("T", Entry, Delivery)
 
 
 class RedisBus:
@@ -31,6 +35,8 @@ class RedisBus:
         self._link = link
         self._run_id = run_id
         self._on_close = on_close
+        # Reads of a group whose answer did not arrive, or not whole: the server counts them as deliveries.
+        self._lost_reads = 0
 
     def ping(self) -> None:
         """Raises BusUnavailable or BusRefused unless the server answers PONG to us."""
@@ -39,13 +45,7 @@ class RedisBus:
     def publish(self, entries: Sequence[Entry]) -> None:
         if not entries:
             return
-        replies = self._link.call(lambda client: self._append(client, entries))
-        present: list[Entry] = []
-        for entry, reply in zip(entries, replies, strict=True):
-            if isinstance(reply, Exception):
-                if "equal or smaller" not in text_of(reply):
-                    raise self._link.translate(reply)
-                present.append(entry)
+        present = self._link.call(lambda client: self._append(client, entries))
         for stream in dict.fromkeys(entry.stream for entry in present):
             self._check_present(stream, [entry.id for entry in present if entry.stream == stream])
 
@@ -55,29 +55,27 @@ class RedisBus:
         if not after:
             return []
         positions = {self._key(stream): str(position) for stream, position in after.items()}
-        reply = self._link.call(
-            lambda client: client.xread(
-                cast(Any, positions), count=max_count, block=_milliseconds(block_seconds)
-            ),
-            block_seconds=block_seconds,
-        )
-        found = streams_of_reply(reply)
-        return [
-            _entry(stream, id_, fields)
-            for stream in after
-            for id_, fields in found.get(self._key(stream).encode(), [])
-        ]
+
+        def read(client: redis.Redis) -> list[Entry]:
+            reply = client.xread(cast(Any, positions), count=max_count, block=_milliseconds(block_seconds))
+            found = self._records(reply, after)
+            return [entry_of(stream, *record) for stream in after for record in found.get(stream, [])]
+
+        return self._whole(lambda: self._link.call(read, block_seconds=block_seconds))
 
     def latest(self, stream: str) -> Entry | None:
-        reply: Any = self._link.call(lambda client: client.xrevrange(self._key(stream), count=1))
-        entries = [_entry(stream, id_, fields) for id_, fields in _raw_entries(reply)]
+        def read(client: redis.Redis) -> list[Entry]:
+            reply: Any = client.xrevrange(self._key(stream), count=1)
+            return [entry_of(stream, *record) for record in records_of(reply)]
+
+        entries = self._whole(lambda: self._link.call(read))
         return entries[0] if entries else None
 
     def last_id(self, stream: str) -> EntryId:
         return self._link.call(lambda client: self._last_id(client, stream))
 
     def length(self, stream: str) -> int:
-        return int(self._link.call(lambda client: client.xlen(self._key(stream))))
+        return self._link.call(lambda client: ask_twice(client, int, "XLEN", self._key(stream)))
 
     def ensure_group(self, stream: str, group: str, *, after: EntryId) -> None:
         def create(client: redis.Redis) -> None:
@@ -92,7 +90,8 @@ class RedisBus:
     def read_group(
         self, stream: str, *, group: str, consumer: str, max_count: int, block_seconds: float, pending: bool
     ) -> list[Delivery]:
-        def read(client: redis.Redis) -> list[_Raw]:
+        def read(client: redis.Redis) -> list[Record]:
+            self._lost_reads += 1  # until we know better
             reply = client.xreadgroup(
                 group,
                 consumer,
@@ -100,35 +99,43 @@ class RedisBus:
                 count=max_count,
                 block=None if pending else _milliseconds(block_seconds),
             )
-            return streams_of_reply(reply).get(self._key(stream).encode(), [])
+            return self._records(reply, [stream]).get(stream, [])
 
         def read_own(client: redis.Redis) -> list[Delivery]:
             # What was trimmed stays in the pending list of Redis 6.2 and would come back for ever.
-            while (raw := read(client)) and not self._drop_vanished(client, stream, group, raw):
-                pass
-            return self._counted(client, stream, group, consumer, raw)
+            while (records := read(client)) and not self._drop_vanished(client, stream, group, records):
+                self._lost_reads -= 1  # that one has arrived
+            return self._counted(client, stream, group, consumer, records)
+
+        def read_new(client: redis.Redis) -> list[Delivery]:
+            return [Delivery(entry_of(stream, *record), 1) for record in read(client)]
 
         if pending:
-            return self._link.call(read_own)
-        raw = self._link.call(read, block_seconds=block_seconds)
-        return [Delivery(_entry(stream, id_, fields), 1) for id_, fields in raw]
+            found = self._whole(lambda: self._link.call(read_own))
+        else:
+            found = self._given_whole(self._link.call(read_new, block_seconds=block_seconds))
+        self._lost_reads = 0
+        return found
 
     def claim(
         self, stream: str, *, group: str, consumer: str, idle_seconds: float, max_count: int
     ) -> list[Delivery]:
         def take(client: redis.Redis) -> list[Delivery]:
-            claimed: list[_Raw] = []
+            self._lost_reads += 1
+            claimed: list[Record] = []
             cursor = b"0-0"
             while len(claimed) < max_count:
-                cursor, raw = self._claim_page(
+                cursor, records = self._claim_page(
                     client, stream, group, consumer, idle_seconds, cursor, max_count - len(claimed)
                 )
-                claimed += self._drop_vanished(client, stream, group, raw)
+                claimed += self._drop_vanished(client, stream, group, records)
                 if cursor == b"0-0":
                     break
             return self._counted(client, stream, group, consumer, claimed)
 
-        return self._link.call(take)
+        found = self._given_whole(self._link.call(take))
+        self._lost_reads = 0
+        return found
 
     def ack(self, stream: str, group: str, ids: Sequence[EntryId]) -> None:
         if ids:
@@ -140,10 +147,19 @@ class RedisBus:
     def next_generation(self, node: str, *, at_least: int) -> int:
         key = generation_key(self._run_id, node)
 
+        def raised(client: redis.Redis, by: int) -> int:
+            with client.pipeline(transaction=True) as pipe:
+                pipe.incrby(key, by)
+                pipe.get(key)
+                generation, held = pipe.execute()
+            if generation != int(held):
+                raise DamagedReply("INCRBY and GET disagree")
+            return int(generation)
+
         def count_up(client: redis.Redis) -> int:
             # Every call adds at least one, so no two callers are told the same number.
-            generation = int(client.incr(key))
-            return generation if generation >= at_least else int(client.incrby(key, at_least - generation))
+            generation = raised(client, 1)
+            return generation if generation >= at_least else raised(client, at_least - generation)
 
         return self._link.call(count_up)
 
@@ -155,17 +171,27 @@ class RedisBus:
     def _key(self, stream: str) -> str:
         return key_of(self._run_id, stream)
 
-    def _append(self, client: redis.Redis, entries: Sequence[Entry]) -> list[Any]:
+    def _append(self, client: redis.Redis, entries: Sequence[Entry]) -> list[Entry]:
+        """Those that the server refused because they are not above its newest."""
         with client.pipeline(transaction=len(entries) > 1) as pipe:
             for entry in entries:
                 pipe.xadd(
                     self._key(entry.stream),
-                    {b"k": entry.kind, b"b": entry.body, b"u": repr(entry.sent_unix_seconds)},
+                    cast(Any, fields_of(entry)),
                     id=str(entry.id),
                     maxlen=STREAMS[entry.stream].fuse_entries,
                     approximate=True,
                 )
-            return pipe.execute(raise_on_error=False)
+            replies = pipe.execute(raise_on_error=False)
+        refused: list[Entry] = []
+        for entry, reply in zip(entries, replies, strict=True):
+            if isinstance(reply, Exception):
+                if "equal or smaller" not in text_of(reply):
+                    raise reply
+                refused.append(entry)
+            elif reply != str(entry.id).encode():
+                raise DamagedReply("XADD was not answered by its id")
+        return refused
 
     def _check_present(self, stream: str, ids: list[EntryId]) -> None:
         """The server refused `ids` as not above its newest. Were they ours, or is a newer writer there?"""
@@ -177,12 +203,11 @@ class RedisBus:
 
     def _last_id(self, client: redis.Redis, stream: str) -> EntryId:
         try:
-            about = client.xinfo_stream(self._key(stream))
+            return ask_twice(client, _last_id_in, "XINFO STREAM", self._key(stream))
         except redis.ResponseError as error:
             if "no such key" in str(error):
                 return STREAM_START
             raise
-        return EntryId.parse(about["last-generated-id"].decode())
 
     def _claim_page(
         self,
@@ -193,7 +218,7 @@ class RedisBus:
         idle_seconds: float,
         cursor: bytes,
         max_count: int,
-    ) -> tuple[bytes, list[_Raw]]:
+    ) -> tuple[bytes, list[Record]]:
         reply = client.xautoclaim(
             self._key(stream),
             group,
@@ -202,58 +227,72 @@ class RedisBus:
             start_id=cursor.decode(),
             count=min(max_count, _CLAIM_PAGE_ENTRIES),
         )
-        return bytes(reply[0]), _raw_entries(reply[1])
+        return bytes(reply[0]), records_of(reply[1])
 
-    def _drop_vanished(self, client: redis.Redis, stream: str, group: str, raw: list[_Raw]) -> list[_Raw]:
+    def _drop_vanished(
+        self, client: redis.Redis, stream: str, group: str, records: list[Record]
+    ) -> list[Record]:
         """Acknowledge what is pending but trimmed; the reader sees the gap in the sequence."""
-        vanished = [str(id_) for id_, fields in raw if not fields]
-        if vanished:
-            client.xack(self._key(stream), group, *vanished)
-        return [(id_, fields) for id_, fields in raw if fields]
+        for id_, fields in records:
+            if not fields:
+                if client.xrange(self._key(stream), str(id_), str(id_)):
+                    raise DamagedReply(f"{stream} {id_} came without its fields")
+                client.xack(self._key(stream), group, str(id_))
+        return [(id_, fields) for id_, fields in records if fields]
 
     def _counted(
-        self, client: redis.Redis, stream: str, group: str, consumer: str, raw: list[_Raw]
+        self, client: redis.Redis, stream: str, group: str, consumer: str, records: list[Record]
     ) -> list[Delivery]:
-        """With the number of deliveries, which only XPENDING tells."""
-        kept = [(id_, fields) for id_, fields in raw if fields]
-        with client.pipeline(transaction=False) as pipe:
-            for id_, _ in kept:
-                pipe.xpending_range(self._key(stream), group, str(id_), str(id_), 1, consumer)
-            states = pipe.execute() if kept else []
-        return [
-            Delivery(_entry(stream, id_, fields), int(state[0]["times_delivered"]) if state else 1)
-            for (id_, fields), state in zip(kept, states, strict=True)
-        ]
+        """With the number of deliveries, which only XPENDING tells, less those that never arrived here:
+        else five lost replies would make an entry look like one that kills its readers.
+        """
+        deliveries = []
+        for id_, fields in records:
+            if fields:
+                asked = ("XPENDING", self._key(stream), group, str(id_), str(id_), 1, consumer)
+                times = ask_twice(client, _times_delivered_in, *asked, parse_detail=True)
+                arrived = max(1, times - (self._lost_reads - 1))  # the read at hand has arrived
+                deliveries.append(Delivery(entry_of(stream, id_, fields), arrived))
+        return deliveries
+
+    def _records(self, reply: Any, streams: Iterable[str]) -> dict[str, list[Record]]:
+        """By short name. A reply about another stream was damaged: ours would be missed in silence."""
+        found = records_by_stream(reply)
+        names = {self._key(stream).encode(): stream for stream in streams}
+        if unknown := found.keys() - names.keys():
+            raise DamagedReply(f"asked for {len(names)} streams, told of {len(unknown)} others")
+        return {names[key]: records for key, records in found.items()}
+
+    def _whole(self, read: Callable[[], list[T]]) -> list[T]:
+        """What `read` finds; damage is believed when a fresh connection brings the same bytes again."""
+        seen: list[tuple[EntryId, bytes]] = []
+        for _ in range(_MOST_READS):
+            found = read()
+            damaged = [(entry.id, entry.body) for entry in map(_entry_in, found) if entry.kind == DAMAGED]
+            if damaged == seen:
+                return found
+            seen = damaged
+            self._link.renew()
+        raise BusUnavailable(f"redis at {self._link.shown}: each reading brings other damage")
+
+    def _given_whole(self, deliveries: list[Delivery]) -> list[Delivery]:
+        """What the group gave out. It gives out once: damage has to be looked at in the own pending list."""
+        if any(delivery.entry.kind == DAMAGED for delivery in deliveries):
+            self._link.renew()
+            raise BusUnavailable(f"redis at {self._link.shown}: damaged entries; read the pending ones")
+        return deliveries
 
 
-def streams_of_reply(reply: Any) -> dict[bytes, list[_Raw]]:
-    """XREAD and XREADGROUP replies of all redis-py versions and protocols (systems.md 1.4).
-
-    RESP2 `[[key, [(id, {})]]]`, RESP3 `{key: [[(id, {})]]}` or `{key: [(id, {})]}`, nothing: empty.
-    """
-    pairs = reply.items() if isinstance(reply, dict) else (reply or ())
-    return {key: _raw_entries(_unnested(entries)) for key, entries in pairs}
+def _entry_in(found: Entry | Delivery) -> Entry:
+    return found if isinstance(found, Entry) else found.entry
 
 
-def _unnested(entries: Any) -> Any:
-    nested = len(entries) > 0 and all(isinstance(part, list) for part in entries)
-    return [entry for part in entries for entry in part] if nested else entries
+def _last_id_in(about: Any) -> EntryId:
+    return EntryId.parse(about["last-generated-id"].decode())
 
 
-def _raw_entries(entries: Iterable[Any]) -> list[_Raw]:
-    # Redis 6.2 claims trimmed entries as nil, which redis-py shows as (None, None).
-    return [(EntryId.parse(id_.decode()), fields or None) for id_, fields in entries if id_ is not None]
-
-
-def _entry(stream: str, id_: EntryId, fields: dict[bytes, bytes] | None) -> Entry:
-    """Never raises: what somebody else wrote becomes an entry that the codec refuses."""
-    fields = fields or {}
-    try:
-        sent_unix_seconds = float(fields.get(b"u", b"nan"))
-    except ValueError:
-        sent_unix_seconds = float("nan")
-    kind = fields.get(b"k", b"").decode("utf-8", "replace")
-    return Entry(stream, id_, kind, fields.get(b"b", b""), sent_unix_seconds)
+def _times_delivered_in(state: Any) -> int:
+    return int(state[0]["times_delivered"]) if state else 1
 
 
 def _milliseconds(block_seconds: float) -> int | None:

@@ -7,8 +7,9 @@ no longer has is reported as a gap.
 
 A handler that fails is tried again at once, since later entries may need its effect; after
 `max_deliveries` tries the entry becomes a DeadLetter and the next one follows. One that kills the
-process counts too, by the deliveries of the group. Never retries a handler that succeeded: its
-replies wait here until the bus takes them. Not thread-safe. Reading order: common/group_reader.py.
+process counts too, by the deliveries of the group; a damaged entry is not tried at all. Never
+retries a handler that succeeded: its replies wait here until the bus takes them.
+Not thread-safe. Reading order: common/group_reader.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import codec
-from common.bus import STREAM_START, Bus, Delivery, Entry, EntryId, GroupLost
+from common.bus import DAMAGED, STREAM_START, Bus, Delivery, Entry, EntryId, GroupLost
 from common.clock import Clock
 from common.errors import BusFull, BusUnavailable, CodecError
 from common.group_reader import GroupReader
@@ -173,18 +174,23 @@ class Service:
         self._send_unsent()
         deliveries = self._reader.next(self._applied, block_seconds)
         done: list[EntryId] = []
+        previous: EntryId | None = None
         for delivery in deliveries:
             if self._stop.is_set():
                 self._reader.put_back()
                 break
-            self._take(delivery)
-            done.append(delivery.entry.id)
+            self._take(delivery, previous)
+            previous = delivery.entry.id
+            done.append(previous)
         self._reader.ack(done)
         return bool(deliveries) or not self._reader.caught_up
 
-    def _take(self, delivery: Delivery) -> None:
+    def _take(self, delivery: Delivery, previous: EntryId | None) -> None:
+        """`previous`: the one before in its batch. The server gave the two as neighbours, so what is missing
+        between them need not be looked for. Left-overs come one by one and have none.
+        """
         arrived = delivery.entry.id
-        while self._applied < arrived and not _follows(self._applied, arrived):
+        while self._applied < arrived and self._applied != previous and not _follows(self._applied, arrived):
             between = [entry for entry in self._reader.behind(self._applied) if entry.id < arrived]
             if not between:
                 break
@@ -203,9 +209,11 @@ class Service:
             self._count(gaps=1)
             self._on_gap(expected, entry.id)
         handler = self._handlers.get(entry.kind)
-        if handler is None:  # a newer node may speak more
+        replies: Sequence[Message] = ()
+        if entry.kind == DAMAGED:
+            replies = [self._refuse(entry)]
+        elif handler is None:  # a newer node may speak more
             self._count(ignored=1)
-            replies: Sequence[Message] = ()
         else:
             replies = self._handle(handler, delivery)
         self._applied = entry.id  # before sending: from here on a retry must not handle it again
@@ -233,6 +241,12 @@ class Service:
             tries += 1
         self._count(dead_letters=1)
         return [_dead_letter(entry, min(tries, self._max_deliveries), failure)]
+
+    def _refuse(self, entry: Entry) -> DeadLetter:
+        error = CodecError("its checksum does not fit: damaged, or written by something else than a node")
+        self._count(failed_tries=1, dead_letters=1)
+        self._on_error(entry, error)
+        return _dead_letter(entry, 1, error)
 
     def _keep(self, reply: Message, entry: Entry) -> None:
         """Hold a reply until the bus has taken it."""

@@ -149,6 +149,12 @@ class CheckpointSettings:
         high=1e6,
     )
     keep: int = setting(3, "newest checkpoints kept, besides best and emergency", low=1, high=10_000)
+    staging: str = setting(
+        "auto",
+        "what a checkpoint is captured in; memory = host memory of its size, kept (pinned on a GPU): the"
+        " shortest pause; disk = its files; auto = memory where that is at most an eighth of what is free",
+        choices=("auto", "memory", "disk"),
+    )
     snapshot: str = setting(
         "auto",
         "where the state before a jump and the parked part of the basis live; auto = pinned host memory on a"

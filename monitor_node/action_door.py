@@ -1,16 +1,18 @@
 """Where the page's buttons arrive: POST /api/actions/{action}, for who has the token and comes from the page.
 
     204  asked for        400  the body is not {}      409  the run has ended
-    401  no or another token                           413  a body above 1 KiB
+    401  no or another token, after a pause            413  a body above 1 KiB
     403  sent by a page of another origin              503  the message server is away, or too many wait
-    404  no such action, or the page was started without a token
+    404  no such action, or the page was started without a token          429  too many wrong tokens at once
 
-Checked in the order 404, 403, 401, 413, 400, 409, 503, so that a foreign page cannot try tokens. Logs how
-often it refused, never what it was shown. Carries nothing out itself: see actions.py.
+Checked in the order 404, 403, 429, 401, 413, 400, 409, 503, so that a foreign page cannot try tokens. Wrong
+tokens wait, a few at a time, and further ones are not even looked at: at most MAX_WAITING / PAUSE_SECONDS
+guesses a second. Logs how often it refused, never what it was shown. Carries nothing out: see actions.py.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Mapping
@@ -26,6 +28,8 @@ from monitor_node.actions import Action, ActionQueue, Token
 from monitor_node.feed import Feed
 
 MAX_BODY_BYTES = 1024
+WRONG_TOKEN_PAUSE_SECONDS = 0.5
+MAX_WRONG_TOKENS_WAITING = 4
 _NOT_FOUND = (404, "no such action; actions need a page that was started with --token-file")
 
 
@@ -36,6 +40,7 @@ class ActionDoor:
         self._queue = queue
         self._log = log
         self._refused = 0
+        self._wrong_tokens_waiting = 0  # of the server's one event loop
 
     def route(self) -> Route:
         return Route("/api/actions/{action}", self._answer, methods=["POST"])
@@ -44,7 +49,7 @@ class ActionDoor:
         status, text = await self._judged(request)
         if status == 204:
             return Response(status_code=204)
-        if status in (401, 403):
+        if status in (401, 403, 429):
             self._tell_refusal(status)
         headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
         # The body of a refused request is left unread: nothing may be sent after it on this connection.
@@ -56,7 +61,10 @@ class ActionDoor:
             return _NOT_FOUND
         if not is_own_origin(request.headers):
             return 403, "actions are taken from this page only"
+        if self._wrong_tokens_waiting >= MAX_WRONG_TOKENS_WAITING:
+            return 429, "too many wrong tokens; try again in a second"
         if not self._token.admits(request.headers.get("authorization")):
+            await self._pause()
             return 401, "this needs the token of the page"
         body = await _body_of(request)
         if body is None:
@@ -67,6 +75,13 @@ class ActionDoor:
         if refusal is None and not self._queue.offer(Action(name)):
             refusal = 503, "too many actions wait; try again in a second"
         return refusal or (204, "")
+
+    async def _pause(self) -> None:
+        self._wrong_tokens_waiting += 1
+        try:
+            await asyncio.sleep(WRONG_TOKEN_PAUSE_SECONDS)
+        finally:
+            self._wrong_tokens_waiting -= 1
 
     def _tell_refusal(self, status: int) -> None:
         self._refused += 1

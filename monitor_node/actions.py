@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import hmac
+import os
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -106,7 +107,9 @@ class Token:
 
 
 def read_token(file: Path | None, environment: Mapping[str, str]) -> Token | None:
-    """From the file, else from HPT_PAGE_TOKEN, else None. Raises UserError, which never shows the token."""
+    """From the file, else from HPT_PAGE_TOKEN, else None. Raises UserError, which never shows the token; also
+    for a file that others may write: they could choose the token.
+    """
     if file is None and not environment.get(TOKEN_VARIABLE):
         return None
     where = TOKEN_VARIABLE if file is None else f"--token-file {file}"
@@ -116,6 +119,8 @@ def read_token(file: Path | None, environment: Mapping[str, str]) -> Token | Non
     else:
         try:
             with file.open("rb") as opened:
+                if os.fstat(opened.fileno()).st_mode & 0o022:
+                    raise UserError(f"{where}: others may write this file; `chmod 600 {file}`")
                 text = opened.read(4 * MAX_TOKEN_CHARACTERS).decode("ascii", errors="replace")
         except OSError as error:
             raise UserError(f"{where}: {error.strerror}; {cure}") from None
@@ -125,3 +130,8 @@ def read_token(file: Path | None, environment: Mapping[str, str]) -> Token | Non
     if not MIN_TOKEN_CHARACTERS <= len(text) <= MAX_TOKEN_CHARACTERS:
         raise UserError(f"{where}: the token has {len(text)} characters; {cure}")
     return Token(text.encode())
+
+
+def is_readable_by_others(file: Path) -> bool:
+    """Worth a warning only: a mounted secret of a container is."""
+    return bool(file.stat().st_mode & 0o044)

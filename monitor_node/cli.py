@@ -13,13 +13,13 @@ import click
 
 from common.bus import Bus
 from common.clock import SystemClock
-from common.command import run_command
+from common.command import redis_option, run_command, warn_of_secret_in_arguments
 from common.errors import UserError
 from common.log import NodeLog
 from common.open_bus import open_bus, url_or_environment
 from common.parent import stop_on_signals, stop_when_parent_goes
 from common.settings import MonitorSettings
-from common.streams import MONITOR
+from common.streams import MONITOR, NODES
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,13 +34,13 @@ def cli() -> None:
       monitor-node record --redis redis://localhost:6379 --run-id first --out first.hpt
       monitor-node top --redis redis://localhost:6379 --run-id first
       monitor-node compare runs
+      monitor-node acl --out users.acl
     """
 
 
 def _bus_options(command: Any) -> Any:
     run_id = click.option("--run-id", required=True, metavar="ID", help="The run to watch.")
-    redis = click.option("--redis", "redis_url", metavar="URL", help="Bus address; default: HPT_REDIS_URL.")
-    return redis(run_id(command))
+    return redis_option(run_id(command))
 
 
 def _opened(redis_url: str | None, run_id: str) -> Bus:
@@ -92,7 +92,7 @@ def serve(
       monitor-node serve --redis redis://localhost:6379 --run-id first --device fake:demo
       monitor-node serve --redis redis://localhost:6379 --run-id first --token-file page.token
     """
-    from monitor_node.actions import read_token
+    from monitor_node.actions import is_readable_by_others, read_token
     from monitor_node.device_choice import DeviceChoice
     from monitor_node.serve import PageAddress, Surroundings
     from monitor_node.serve import serve as serve_run
@@ -101,9 +101,13 @@ def serve(
 
     choose_device = DeviceChoice(device)
     token = read_token(token_file, os.environ)
+    if token_file is not None and is_readable_by_others(token_file):
+        click.echo(f"warning: others on this machine can read {token_file}; `chmod 600` it", err=True)
     webhook_url = webhook or os.environ.get(WEBHOOK_VARIABLE) or None
     if webhook_url is not None:
         checked_url(webhook_url)
+    if webhook:
+        warn_of_secret_in_arguments("the address in --webhook", WEBHOOK_VARIABLE)
     page = None
     if http:
         host, port = split_address(http)
@@ -203,6 +207,54 @@ def compare(runs_dir: Path, http: str) -> None:
     with ComparePage(runs_dir, host=host, port=port) as page:
         click.echo(f"page   {page.url}/compare")
         stop.wait()
+
+
+@cli.command()
+@click.option(
+    "--run-id",
+    "run_pattern",
+    default="*",
+    show_default=True,
+    metavar="PATTERN",
+    help="Runs that the users may use; * and ? stand for any letters.",
+)
+@click.option(
+    "--role",
+    "roles",
+    multiple=True,
+    type=click.Choice([*NODES, "page"]),
+    help="Only this user; may be repeated. Default: all four.",
+)
+@click.option(
+    "--out",
+    "out_file",
+    type=click.Path(path_type=Path),
+    help="Write the ACL file there, for its owner only; default: print it.",
+)
+@click.option(
+    "--passwords",
+    "password_folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write each password to DIR/ROLE, for HPT_REDIS_PASSWORD_FILE; default: print them once.",
+)
+def acl(
+    run_pattern: str, roles: tuple[str, ...], out_file: Path | None, password_folder: Path | None
+) -> None:  # fmt: skip
+    """Make a Redis ACL file: a user for each node with the rights it needs and no more; `page` only reads.
+
+    Needs Redis 7.0 or newer, or Valkey. Nothing is overwritten; the ACL file holds hashes, no password.
+
+    \b
+    Examples:
+      monitor-node acl --out users.acl
+      monitor-node acl --run-id 'nano-*' --out users.acl --passwords secrets
+    """
+    from monitor_node.acl import ROLES
+    from monitor_node.acl_files import make_users
+
+    for line in make_users(run_pattern, roles or ROLES, out_file=out_file, password_folder=password_folder):
+        click.echo(line, err=True)
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ _BLOCK_SECONDS = 0.2
 # is to be seen within a quarter of a second; else the whole monitor is to stay below 3 % of a core.
 # Never later than the longest, though: on a busy machine all that is made seems dear.
 _FEED_SECONDS, _FEED_SHARE, _LONGEST_FEED_SECONDS = 0.25, 0.01, 1.0
-_WATCHED_FEED_SECONDS, _WATCHED_FEED_SHARE, _LONGEST_WATCHED_FEED_SECONDS = 0.1, 0.1, 0.15
+_WATCHED_FEED_SECONDS, _WATCHED_FEED_SHARE, _LONGEST_WATCHED_FEED_SECONDS = 0.08, 0.12, 0.12
 _DISK_SECONDS = 1.0
 _GATHER_SECONDS = 0.2  # unwatched, what came in is read together: a read costs about 1 ms
 _LENGTHS_SECONDS = 5.0

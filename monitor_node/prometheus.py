@@ -56,7 +56,10 @@ def exposition(collector: Collector, accept: str) -> tuple[bytes, str]:
     """The body of /metrics and its content type."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(collector)
-    encode, content_type = choose_encoder(accept)
+    try:
+        encode, content_type = choose_encoder(accept)
+    except (ValueError, TypeError):  # the library compares whatever stands there for a version
+        encode, content_type = choose_encoder("")
     return encode(registry), content_type
 
 

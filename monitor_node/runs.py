@@ -11,13 +11,13 @@ import json
 import math
 import os
 import stat
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import EnvironmentFault, UserError
+from common.config import parse_toml
+from common.errors import EnvironmentFault, SettingsError, UserError
 from monitor_node.run_metrics import MetricsReader, number_of
 
 MAX_RUNS = 200  # the newest ones
@@ -145,7 +145,10 @@ def settings_that_differ(runs: list[Run]) -> list[str]:
 
 def plain_text(value: Any) -> str:
     """Bounded, printable and free of half characters, so that it can be sent as UTF-8."""
-    text = str(value)[:_MAX_TEXT].encode("utf-8", "replace").decode("utf-8")
+    try:
+        text = str(value)[:_MAX_TEXT].encode("utf-8", "replace").decode("utf-8")
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list nested deeply
+        text = f"({type(value).__name__})"
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
@@ -185,9 +188,9 @@ def _content(path: Path, max_bytes: int) -> str:
 
 def _take_settings(run: Run, path: Path) -> None:
     try:
-        values = tomllib.loads(_content(path, MAX_CONFIG_BYTES))
-    except (ValueError, RecursionError):
-        raise _Unreadable("is not valid TOML") from None
+        values = parse_toml(_content(path, MAX_CONFIG_BYTES))
+    except SettingsError as error:
+        raise _Unreadable(f"is {plain_text(error)}") from None
     flat: dict[str, str] = {}
     _flatten(values, "", flat)
     run.settings = flat

@@ -12,6 +12,7 @@ origin.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 import threading
@@ -24,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common.errors import UserError
 from common.log import NodeLog
@@ -34,6 +36,10 @@ from monitor_node.feed import Feed, as_json
 from monitor_node.page_files import file_routes
 
 STOP_SECONDS = 2.0
+# 64 viewers (events.py) and what they ask for besides. A process often has 1,024 descriptors, and the monitor
+# needs some for its own work whoever calls.
+MAX_CONNECTIONS = 128
+FIRST_REQUEST_SECONDS = 20.0
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none';"
@@ -99,6 +105,28 @@ class Metrics:
         return self._answer(accept)
 
 
+class BoundedHttp(H11Protocol):
+    """Hangs up on connections above MAX_CONNECTIONS, and on those that have asked for nothing in time."""
+
+    _patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
+        else:
+            self._patience = self.loop.call_later(FIRST_REQUEST_SECONDS, self._hang_up_unless_asked)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+        super().connection_lost(exc)
+
+    def _hang_up_unless_asked(self) -> None:
+        if self.cycle is None:
+            self.transport.abort()
+
+
 class AppServer:
     """Serves an app from a thread of its own. The socket is bound on construction."""
 
@@ -111,6 +139,8 @@ class AppServer:
         self.url = f"http://{f'[{bound_host}]' if ':' in bound_host else bound_host}:{bound_port}"
         config = uvicorn.Config(
             make_app(hosts_for(host, bound_host)),
+            http=BoundedHttp,
+            proxy_headers=False,
             lifespan="off",
             ws="none",
             log_config=None,
@@ -165,7 +195,7 @@ def split_address(address: str) -> tuple[str, int]:
     """HOST:PORT -> (host, port). Raises UserError."""
     host, separator, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+    if not separator or not host or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
         raise UserError(
             f"--http {address}: write it as HOST:PORT, e.g. 127.0.0.1:8080 (port 0 = any free one)"
         )

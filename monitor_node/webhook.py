@@ -152,7 +152,7 @@ class Webhook:
         except urllib.error.HTTPError as error:
             error.close()
             return f"the receiver answered {error.code}", error.code in _TRY_AGAIN
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             return f"no connection ({type(error).__name__})", True
         return "", False
 

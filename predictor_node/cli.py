@@ -15,7 +15,7 @@ import click
 
 from common import sealed_folder
 from common.clock import SystemClock
-from common.command import run_command
+from common.command import redis_option, run_command
 from common.errors import CheckpointError, RecordingError, SettingsError
 from common.log import NodeLog
 from common.open_bus import open_bus
@@ -46,7 +46,7 @@ def cli() -> None:
 
 
 @cli.command("serve")
-@click.option("--redis", "redis_url", metavar="URL", help="Bus address; default: HPT_REDIS_URL.")
+@redis_option
 @click.option("--run-id", required=True, metavar="ID", help="The run to serve.")
 @click.option(
     "--state-dir",

@@ -109,4 +109,5 @@ def _policy_for(facts: RunFacts) -> LearnedPolicy:
     settings = replace(settings, predictor=replace(settings.predictor, policy="learned", state=""))
     policy = LearnedPolicy(settings, facts)
     policy.models.new_run(is_warm=True)  # offline there is no trainer to be fair to
+    policy.models.keeps_samples = True
     return policy

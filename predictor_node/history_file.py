@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from common.errors import SENSELESS
 from common.messages import Phase
 from predictor_node.history import LIMIT_STEPS, History, Row
 
@@ -35,7 +36,7 @@ def history_to_bytes(history: History) -> bytes:
 def history_from_bytes(content: bytes) -> History:
     try:
         arrays = load(content)
-    except SafetensorError as error:
+    except (SafetensorError, *SENSELESS) as error:
         raise ValueError(str(error)) from None
     rows, features, counts = _checked(arrays)
     resuming, missing_steps, repeats = counts.tolist()

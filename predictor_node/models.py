@@ -66,7 +66,8 @@ class Models:
                 seed=trainer.seed,
                 updates_per_window=1,
             )
-        self.samples: list[WindowSample] = []  # of this run, for `fit`
+        self.keeps_samples = False  # `fit` wants them all; beside a trainer they would grow with the run
+        self.samples: list[WindowSample] = []  # of this run
         self._credit_flops = 0.0
         self._is_warm = False
         self.is_awake = False
@@ -117,7 +118,8 @@ class Models:
         )
         if sample is not None:
             self.phi.observe(sample)
-            self.samples.append(sample)
+            if self.keeps_samples:
+                self.samples.append(sample)
 
     def fit(self, runs: Sequence[Sequence[WindowSample]], updates: int) -> str:
         """Offline: many updates on what was recorded, whatever they cost. Returns a line about it."""

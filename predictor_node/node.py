@@ -33,7 +33,9 @@ from predictor_node.policies import policy_for
 from predictor_node.policy import DecisionInput, Policy, rest
 from predictor_node.state import Learned, MemoryStore, RunFacts, SavedState, StateStore, facts_of
 
-STATE_LOST = "predictor_state_lost"  # kind of the alert
+STATE_LOST = "predictor_state_lost"  # kinds of alerts
+GAP, PASSED_OVER, START_LOST = "history_gap", "history_passed_over", "run_start_lost"
+GAPS = (GAP, PASSED_OVER, START_LOST)
 NOTHING_LEARNED = Learned(history=History(), policy=None, counters={}, last_outcome_id="")
 
 
@@ -50,6 +52,8 @@ class Predictor:
         self._last_outcome_id = ""
         self.applied: EntryId = STREAM_START
         self.lost_entries = 0  # holes in the entry ids; not part of the state
+        self.passed_over = 0  # observations that were not looked at, to catch up; not part of the state
+        self._untold = 0  # of these
         self.saved = STREAM_START  # last entry that is in a saved state
         self.ended: EntryId | None = None  # the newest RunEnded, until a run starts again
 
@@ -66,7 +70,13 @@ class Predictor:
             "missing_steps": self._history.missing_steps,
             "repeats": self._history.repeats,
             "lost_entries": self.lost_entries,
+            "passed_over": self.passed_over,
         }
+
+    @property
+    def may_pass_over(self) -> bool:
+        """In lockstep the trainer waits for each answer, and decisions are to be reproducible."""
+        return self._settings is not None and self._settings.trainer.decision_mode == "live"
 
     def restore(self, state: SavedState) -> None:
         """Go on behind the last entry that `state` has seen. Raises CheckpointError, SettingsError."""
@@ -78,21 +88,38 @@ class Predictor:
         if entry_id <= self.applied:
             return []
         answers: list[Message] = []
+        if self._is_without_start(message, entry_id):
+            answers.append(self._forget_the_older_start(entry_id))
         match message:
             case RunStarted():
-                answers = self.on_run_started(message)
+                answers += self.on_run_started(message)
             case Observation():
-                answers = self.on_observation(message, entry_id.generation)
+                answers += self.on_observation(message, entry_id.generation)
             case Outcome():
                 self.on_outcome(message)
             case CheckpointWritten():
-                answers = self.on_checkpoint_written(message, entry_id)
+                answers += self.on_checkpoint_written(message, entry_id)
             case RunEnded():
                 self.on_run_ended(entry_id)
-        first = entry_id.generation > self.applied.generation
-        self.lost_entries += entry_id.sequence - (1 if first else self.applied.sequence + 1)
-        self.applied = entry_id
+        lost_entries = self._advance(entry_id)
+        if lost_entries and not any(isinstance(a, Alert) and a.kind in GAPS for a in answers):
+            answers.append(_entries_lost(entry_id, lost_entries, self.last_step))
         return answers
+
+    def pass_over(self, entry_id: EntryId) -> None:
+        """Take an observation as seen without looking at it; the next one that is looked at tells of it."""
+        if entry_id > self.applied:
+            self._advance(entry_id)
+            self.passed_over += 1
+            self._untold += 1
+
+    def _advance(self, entry_id: EntryId) -> int:
+        """`applied` moves on; how many entries before this one never came."""
+        first = entry_id.generation > self.applied.generation
+        lost_entries = entry_id.sequence - (1 if first else self.applied.sequence + 1)
+        self.lost_entries += lost_entries
+        self.applied = entry_id
+        return lost_entries
 
     def on_run_started(self, message: RunStarted) -> list[Message]:
         if self._facts and self._facts.generation == message.generation:
@@ -113,7 +140,10 @@ class Predictor:
             self._history = history
             return []
         answers: list[Message] = []
-        if history.missing_steps > self._history.missing_steps:
+        if self._untold:
+            answers.append(_passed_over(message, self._untold))
+            self._untold = 0
+        elif history.missing_steps > self._history.missing_steps:
             answers.append(_gap(message, history.missing_steps - self._history.missing_steps))
         if self._policy is not None and self._features_fit(message):
             self._policy.observe(message, history)
@@ -143,6 +173,22 @@ class Predictor:
 
     def on_run_ended(self, entry_id: EntryId) -> None:
         self.ended = entry_id
+
+    def _is_without_start(self, message: Message, entry_id: EntryId) -> bool:
+        """A newer start of the trainer is under way, and its RunStarted never came."""
+        is_newer = self._facts is not None and entry_id.generation > self._facts.generation
+        return is_newer and not isinstance(message, RunStarted)
+
+    def _forget_the_older_start(self, entry_id: EntryId) -> Alert:
+        """Where the newer one began is not known: steps that it takes again would pass for repeats."""
+        text = (
+            f"the start of the trainer's generation {entry_id.generation} never arrived (trimmed away or"
+            " dropped): no proposals until the trainer starts again"
+        )
+        alert = _alert("error", START_LOST, text, self.last_step)
+        self._facts = self._settings = self._policy = self.ended = None
+        self._history, self._counters, self._last_outcome_id = History(), {}, ""
+        return alert
 
     @property
     def learned(self) -> Learned:
@@ -233,4 +279,17 @@ def _gap(message: Observation, missing_steps: int) -> Alert:
         f"{missing_steps} steps before step {message.step} never arrived:"
         " no proposals until a window without a hole"
     )
-    return _alert("warning", "history_gap", text, message.step)
+    return _alert("warning", GAP, text, message.step)
+
+
+def _passed_over(message: Observation, count: int) -> Alert:
+    text = (
+        f"{count} observations before step {message.step} were passed over to catch up with the trainer:"
+        " they teach nothing, and no proposals until a window without a hole"
+    )
+    return _alert("warning", PASSED_OVER, text, message.step)
+
+
+def _entries_lost(entry_id: EntryId, count: int, step: int) -> Alert:
+    text = f"{count} entries of the history before {entry_id} never arrived: trimmed unread or dropped"
+    return _alert("warning", GAP, text, step)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from common.errors import CheckpointError
+from common.errors import SENSELESS, CheckpointError
 from predictor_node.phi_net import Ahead, PhiNet, gain_of, group_scale_of, scale_of
 from predictor_node.phi_runs import HORIZON_WINDOWS, SampledRun, WindowSample
 
@@ -230,7 +230,7 @@ class PhiLearner:
                 for position, (w, n, d, r) in enumerate(facts["samples"])
             ]  # fmt: skip
             updates, scores_HG2 = int(facts["updates"]), tensors["scores"]
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (SafetensorError, *SENSELESS) as error:
             raise CheckpointError(f"damaged forecaster state: {error}") from None
         if not shapes_fit or scores_HG2.shape != self._scores_HG2.shape:
             raise CheckpointError("damaged forecaster state: wrong shapes")

@@ -19,7 +19,7 @@ from common.bus import STREAM_START, Entry, EntryId
 from common.errors import CheckpointError, CodecError, HybridError, RecordingError
 from common.messages import Alert, Message, PhaseDecision, RunEnded, RunStarted
 from common.streams import DECISIONS, HISTORY, PREDICTOR, notes_of
-from predictor_node.node import STATE_LOST, Predictor
+from predictor_node.node import PASSED_OVER, STATE_LOST, Predictor
 from predictor_node.state import FolderStore, MemoryStore
 
 DecisionKey = tuple[int, str]  # (trainer generation, decision id): a resumed run reuses ids
@@ -31,7 +31,7 @@ class Replayed:
     duplicates: int  # recorded more than once, equally
     unrecorded: int  # made again, but a crash came before they were recorded
     difference: str  # the first one, field by field; "" when there is none
-    gap: str  # what is missing in the recorded history; "" when it is whole; nothing was compared then
+    gap: str  # what is missing, or was to the live predictor; "" = nothing is, else nothing was compared
     notes: tuple[str, ...]  # what a reader must know, one line each
 
 
@@ -51,7 +51,10 @@ def replay(entries: Iterable[Entry], *, is_sealed: bool, state_dir: Path | None 
     if not history:
         raise RecordingError("holds no history: nothing to replay")
     num_whole, gap = _whole_part([entry.id for entry, _ in history])
-    lost = [m for _, m in by_stream[notes_of(PREDICTOR)] if isinstance(m, Alert) and m.kind == STATE_LOST]
+    alerts = [m for _, m in by_stream[notes_of(PREDICTOR)] if isinstance(m, Alert)]
+    lost = [alert for alert in alerts if alert.kind == STATE_LOST]
+    if not gap:
+        gap = next((_passed_over(alert) for alert in alerts if alert.kind == PASSED_OVER), "")
     decisions, notes = _decide_again(history[:num_whole], lost, state_dir)
     recorded = _recorded_bodies(by_stream[DECISIONS])
     torn = _torn_generations(history, is_sealed=is_sealed)
@@ -104,6 +107,10 @@ def _whole_part(ids: Sequence[EntryId]) -> tuple[int, str]:
             )
         previous = entry_id
     return len(ids), ""
+
+
+def _passed_over(alert: Alert) -> str:
+    return f"the live predictor did not look at all of the history: {alert.text}; nothing was compared"
 
 
 def _decide_again(

@@ -31,6 +31,7 @@ from common.outbox import Outbox
 from common.publisher import Backoff, Publisher
 from common.service import Handler, Service
 from common.streams import DECISIONS, HISTORY, PREDICTOR, notes_of
+from predictor_node.catch_up import CatchUp
 from predictor_node.node import Predictor
 from predictor_node.state import StateStore
 
@@ -66,7 +67,8 @@ def serve(bus: Bus, run_id: str, store: StateStore, stop: threading.Event, aroun
     )
     outbox = Outbox(notes, capacity=NOTES_CAPACITY)
     ended = threading.Event() if around.stays_after_end else stop
-    service = _service(bus, decisions, outbox, _handlers(predictor, ended, newest_id), around)
+    catch_up = CatchUp(predictor, lambda: bus.last_id(HISTORY))
+    service = _service(bus, decisions, outbox, _handlers(catch_up, ended, newest_id), around)
     service.start(predictor.applied)
     heartbeats = Heartbeats(
         outbox,
@@ -121,7 +123,7 @@ def _restore(predictor: Predictor, store: StateStore, run_id: str, newest_id: En
     log.event("state_restored", state=state.name, behind=str(state.applied))
 
 
-def _handlers(predictor: Predictor, ended: threading.Event, newest_id: EntryId) -> Mapping[type, Handler]:
+def _handlers(predictor: CatchUp, ended: threading.Event, newest_id: EntryId) -> Mapping[type, Handler]:
     def handle(message: Message, entry: Entry) -> list[Message]:
         return predictor.handle(message, entry.id)
 
@@ -161,6 +163,8 @@ def _service(
 def _status(predictor: Predictor, service: Service) -> NodeStatus:
     counts = {
         **predictor.counters,
+        "applied_generation": service.applied.generation,  # also past what was given up
+        "applied_sequence": service.applied.sequence,
         "saved_generation": predictor.saved.generation,
         "saved_sequence": predictor.saved.sequence,
         "dead_letters": service.counters.dead_letters,

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from common import sealed_folder
 from common.bus import EntryId
-from common.errors import CheckpointError, EnvironmentFault
+from common.errors import SENSELESS, CheckpointError, EnvironmentFault
 from common.messages import RunStarted
 from predictor_node.history import History
 from predictor_node.history_file import history_from_bytes, history_to_bytes
@@ -231,7 +231,7 @@ def read_state(folder: Path) -> SavedState:
         state = _state_from(
             {name: (folder / name).read_bytes() for name in (_LEARNED, _HISTORY, _POLICY, _POSITION)}
         )
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, *SENSELESS) as error:
         raise CheckpointError(f"{folder}: damaged predictor state: {error}") from None
     if state.name != folder.name:
         raise CheckpointError(f"{folder}: holds the state of {state.name}")

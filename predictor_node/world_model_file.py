@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from common.errors import CheckpointError
+from common.errors import SENSELESS, CheckpointError
 from predictor_node.rssm import Latent
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def load_world_model(model: WorldModel, content: bytes) -> None:
     """
     try:
         tensors = load(content)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, *SENSELESS) as error:
         raise CheckpointError(f"world model: not safetensors: {error}") from None
     _check(model, tensors)
     _, observed, updates, optimizer_steps, normalised = tensors["counts"].tolist()

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -23,6 +24,10 @@ from tests.servers import (
     unique_run_id,
 )
 
+# Before torch is loaded, here and in every process a test starts. Our tensors are small: a second thread
+# only spins, and the predictor runs on one in production too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture
 def fake_clock() -> FakeClock:
@@ -38,6 +43,12 @@ def run_id() -> str:
 def server_url(request: pytest.FixtureRequest) -> str:
     """Address of a real server with a password, shared by all tests of the session."""
     return _url_of(request.param, request)
+
+
+@pytest.fixture
+def server_urls(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Addresses of all real servers that are installed, for what tries them at the same time."""
+    return {name: _url_of(name, request) for name in REAL_SERVERS if binary_of(name) is not None}
 
 
 @pytest.fixture(params=("memory", "fakeredis", *REAL_SERVERS))

@@ -6,6 +6,7 @@ run against a real redis-server, and the file is validated by `docker-compose co
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -25,10 +26,14 @@ import click
 import pytest
 import yaml
 
+from monitor_node.acl import ROLES, acl_text, hash_of
+
 ROOT = Path(__file__).resolve().parent.parent
 COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE_TEXT)["services"]
+USERS_TEXT = (ROOT / "docs" / "compose-acl.yml").read_text(encoding="utf-8")
+WITH_USERS: dict[str, dict[str, Any]] = yaml.safe_load(USERS_TEXT)["services"]
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 NODES = [name for name, service in SERVICES.items() if "build" in service]
 OBSERVABILITY = ("prometheus", "grafana")
@@ -103,7 +108,7 @@ def test_the_password_is_required_and_in_no_file() -> None:
 
 def test_every_variable_is_documented() -> None:
     page = (ROOT / "docs" / "compose.md").read_text(encoding="utf-8")
-    used = {match[1] for match in VARIABLE.finditer(COMPOSE_TEXT)}
+    used = {match[1] for match in VARIABLE.finditer(COMPOSE_TEXT + USERS_TEXT)}
     documented = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
     assert used == documented
     for match in VARIABLE.finditer(COMPOSE_TEXT):
@@ -150,17 +155,26 @@ def test_a_node_of_the_light_image_starts_without_torch(name: str) -> None:
 
 @pytest.fixture
 def redis_socket(tmp_path: Path) -> Iterator[Path]:
-    """The compose file's own Redis command, run by the local redis-server on a Unix socket."""
+    """The compose file's own Redis command."""
+    with redis_of(SERVICES["redis"], tmp_path) as path:
+        yield path
+
+
+@contextlib.contextmanager
+def redis_of(service: dict[str, Any], tmp_path: Path, *, users: str = "") -> Iterator[Path]:
+    """A service's Redis command, run by the local redis-server on a Unix socket."""
     if not shutil.which("redis-server") or not shutil.which("redis-cli"):
         if os.environ.get("CI"):
             pytest.fail("redis-server and redis-cli must be there in CI")
         pytest.skip("needs redis-server and redis-cli on PATH")
-    shell, option, script = SERVICES["redis"]["command"]
+    shell, option, script = service["command"]
     short_folder = tempfile.mkdtemp(prefix="hpt-")  # a socket's path has at most about 104 bytes
     path = Path(short_folder) / "s"
     start = "docker-entrypoint.sh redis-server -"
     assert start in script
-    script = filled(script).replace(start, f"redis-server - --port 0 --unixsocket {shlex.quote(str(path))}")
+    (tmp_path / "users.acl").write_text(users)
+    script = filled(script).replace("/users.acl", shlex.quote(str(tmp_path / "users.acl")))
+    script = script.replace(start, f"redis-server - --port 0 --unixsocket {shlex.quote(str(path))}")
     process = subprocess.Popen(
         [shell, option, script],
         cwd=tmp_path,
@@ -186,8 +200,8 @@ def answers(path: Path) -> bool:
         return probe.connect_ex(str(path)) == 0
 
 
-def redis_cli(path: Path, *arguments: str, password: str = PASSWORD) -> str:
-    command = ["redis-cli", "-s", str(path), *arguments]
+def redis_cli(path: Path, *arguments: str, password: str = PASSWORD, user: str = "default") -> str:
+    command = ["redis-cli", "-s", str(path), "--user", user, *arguments]
     environment = {**os.environ, "REDISCLI_AUTH": password}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
@@ -220,6 +234,24 @@ def test_the_health_check_fails_without_the_password(redis_socket: Path) -> None
     assert code("wrong") != 0
 
 
+def test_with_users_each_node_is_its_own_and_nobody_enters_without_a_name(tmp_path: Path) -> None:
+    hashes = {role: hash_of(f"{role}-{PASSWORD}") for role in ROLES}
+    with redis_of(WITH_USERS["redis"], tmp_path, users=acl_text("*", hashes)) as path:
+        for role in ROLES:
+            assert redis_cli(path, "ping", user=role, password=f"{role}-{PASSWORD}") == "PONG\n"
+        assert "PONG" not in redis_cli(path, "ping")
+        assert "NOPERM" in redis_cli(path, "flushall", user="trainer", password=f"trainer-{PASSWORD}")
+        check = filled(WITH_USERS["redis"]["healthcheck"]["test"][1])
+        check = check.replace("redis-cli", f"redis-cli -s {shlex.quote(str(path))}")
+        for password, code in {f"page-{PASSWORD}": 0, PASSWORD: 1}.items():
+            environment = {**os.environ, "REDISCLI_AUTH": password}
+            done = subprocess.run(["sh", "-c", check], env=environment, stderr=subprocess.DEVNULL)
+            assert done.returncode == code
+    assert {name: WITH_USERS[name]["environment"]["HPT_REDIS_USERNAME"] for name in NODES} == {
+        name: name.removesuffix("-gpu") for name in NODES
+    }
+
+
 @pytest.fixture
 def docker_compose() -> str:
     program = shutil.which("docker-compose")
@@ -231,8 +263,10 @@ def docker_compose() -> str:
 
 
 def test_the_compose_file_is_valid(docker_compose: str) -> None:
-    environment = {**os.environ, "HPT_REDIS_PASSWORD": PASSWORD}
-    subprocess.run([docker_compose, "config", "-q"], cwd=ROOT, env=environment, check=True)
+    names = ["HPT_REDIS_PASSWORD", *(f"HPT_{role.upper()}_PASSWORD" for role in ROLES)]
+    environment = {**os.environ, **dict.fromkeys(names, PASSWORD)}
+    for files in ([], ["-f", "docker-compose.yml", "-f", "docs/compose-acl.yml"]):
+        subprocess.run([docker_compose, *files, "config", "-q"], cwd=ROOT, env=environment, check=True)
 
 
 def test_without_a_password_compose_stops_and_names_the_cure(docker_compose: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTALL = "pip install"
+LOCKS = ("requirements.lock", "requirements-dev.lock")
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make on PATH")
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """What make reads, in a folder of its own."""
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", *LOCKS):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
@@ -46,7 +47,9 @@ def pretend_ready(folder: Path) -> None:
 def test_make_alone_lists_every_target(clone: Path) -> None:
     result = make(clone)
     assert result.returncode == 0
-    assert re.findall(r"^make (\S+)", result.stdout, re.MULTILINE) == ["help", "up", "test", "lint", "clean"]
+    assert re.findall(r"^make (\S+)", result.stdout, re.MULTILINE) == [
+        *("help", "up", "test", "lint", "lock", "clean")
+    ]
 
 
 @pytest.mark.parametrize("target", ["up", "test", "lint"])
@@ -57,7 +60,7 @@ def test_a_fresh_clone_is_set_up_first_and_a_ready_one_is_not(clone: Path, targe
     assert INSTALL not in make(clone, "-n", target).stdout
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", *LOCKS])
 def test_a_changed_requirement_repeats_the_set_up(clone: Path, name: str) -> None:
     pretend_ready(clone)
     with (clone / name).open("a") as file:
@@ -100,13 +103,66 @@ def test_a_python_without_venv_is_one_clear_line(clone: Path) -> None:
 def test_every_direct_requirement_is_pinned_to_a_version_it_allows() -> None:
     from packaging.requirements import Requirement
 
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = constraints()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for text in [
         *project["dependencies"],
         *(text for extra in project["optional-dependencies"].values() for text in extra),
     ]:
         requirement = Requirement(text)
-        assert requirement.name.lower() in pins, f"{requirement.name} is not in constraints.txt"
-        assert requirement.specifier.contains(pins[requirement.name.lower()])
+        assert plain(requirement.name) in pins, f"{requirement.name} is not in constraints.txt"
+        assert requirement.specifier.contains(pins[plain(requirement.name)])
+
+
+# --- the files, by their hashes ------------------------------------------------------------------
+
+
+def constraints() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {
+        plain(line.partition("==")[0]): line.partition("==")[2] for line in lines if line[:1] not in ("", "#")
+    }
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def locked(name: str) -> dict[str, tuple[str, int]]:
+    """Of a lock: package -> (version, number of hashes)."""
+    text = (ROOT / name).read_text().replace("\\\n", " ")
+    found = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            match = re.fullmatch(
+                r"([A-Za-z0-9._-]+)==([^ ;]+)( ;[^-]*?)?((?: +--hash=sha256:[0-9a-f]{64})+)", line.strip()
+            )
+            assert match, line
+            found[plain(match[1])] = (match[2], match[4].count("--hash="))
+    return found
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_lock_pins_every_package_to_files_and_to_the_version_of_the_constraints(name: str) -> None:
+    pins = constraints()
+    for package, (version, hashes) in locked(name).items():
+        assert hashes >= 1
+        if package not in ("colorama", "httpx2-jsfetch"):  # of Windows and of the browser: not installed here
+            assert pins[package] == version, package
+
+
+def test_only_torch_and_what_its_cuda_build_brings_are_in_no_lock() -> None:
+    assert constraints().keys() - locked("requirements-dev.lock").keys() == {"torch"}
+    assert locked("requirements.lock").items() <= locked("requirements-dev.lock").items()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {plain(re.match(r"[\w.-]+", text)[0]) for text in project["dependencies"]}  # type: ignore[index]
+    assert needed - locked("requirements.lock").keys() == {"torch"}
+
+
+def test_what_is_installed_is_checked_against_its_hash_but_for_torch_and_ourselves(clone: Path) -> None:
+    plan = make(clone, "-n", "setup-dev").stdout.replace("\\\n", " ")
+    installs = [line for line in plan.splitlines() if INSTALL in line]
+    hashed = [line for line in installs if "--require-hashes" in line]
+    assert [line.split()[-1] for line in hashed] == list(LOCKS)
+    assert [line.split()[-1] for line in installs if line not in hashed] == ["torch", ".", "'.[dev]'"]
+    assert all("-c constraints.txt" in line for line in installs if line not in hashed)

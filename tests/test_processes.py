@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -72,30 +76,47 @@ def test_replay_reproduces_every_decision_byte_for_byte(whole_run: Path) -> None
     assert "byte for byte" in done.stdout
 
 
-def test_recorded_decisions_repeat_the_run_without_a_predictor(
-    whole_run: Path, server_url: str, tmp_path: Path
+def test_recorded_decisions_repeat_the_run_without_a_predictor_on_any_server(
+    whole_run: Path, server_urls: dict[str, str], tmp_path: Path
 ) -> None:
-    done = run_to_end(
+    with ThreadPoolExecutor(len(server_urls)) as at_once:
+        ends = at_once.map(lambda name: repeat(whole_run, tmp_path, name, server_urls[name]), server_urls)
+    for name, done in zip(server_urls, ends, strict=True):
+        assert done.returncode == 0, done.stdout + done.stderr
+        states = [
+            (sealed_folder.folders(run / "checkpoints" / "trainer")[0] / "model.safetensors").read_bytes()
+            for run in (whole_run, tmp_path / name)
+        ]
+        assert states[0] == states[1], name
+
+
+def repeat(run: Path, runs_dir: Path, run_id: str, url: str) -> subprocess.CompletedProcess[str]:
+    """A trainer alone, with the decisions of a recorded run."""
+    return run_to_end(
         command(
-            "trainer_node", "train", "--config", str(whole_run / "config.toml"), "--runs-dir", str(tmp_path),
-            "--run-id", "again", "--decisions", str(whole_run / "recording.hpt"),
+            "trainer_node", "train", "--config", str(run / "config.toml"), "--runs-dir", str(runs_dir),
+            "--run-id", run_id, "--decisions", str(run / "recording.hpt"),
         ),
-        env={**os.environ, "HPT_REDIS_URL": server_url},
+        env={**os.environ, "HPT_REDIS_URL": url},
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    states = [
-        (sealed_folder.folders(run / "checkpoints" / "trainer")[0] / "model.safetensors").read_bytes()
-        for run in (whole_run, tmp_path / "again")
-    ]
-    assert states[0] == states[1]
 
 
-@pytest.mark.parametrize("victim", ["trainer", "all"])
-def test_killed_and_resumed_equals_undisturbed_bit_for_bit(
-    whole_run: Path, victim: str, tmp_path: Path
-) -> None:
-    run = tmp_path / "killed"
-    with running(up_command(tmp_path, "killed", LOCKSTEP, steps=STEPS)) as up:
+VICTIMS = ("trainer", "all")
+
+
+@pytest.fixture(scope="module")
+def resumed_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Path]]]:
+    """A run per victim, killed and resumed; all at the same time, because each keeps one core busy."""
+    with ThreadPoolExecutor(len(VICTIMS)) as at_once:
+        yield {
+            victim: at_once.submit(kill_and_resume, tmp_path_factory.mktemp(victim), victim)
+            for victim in VICTIMS
+        }
+
+
+def kill_and_resume(runs: Path, victim: str) -> Path:
+    run = runs / "killed"
+    with running(up_command(runs, "killed", LOCKSTEP, steps=STEPS)) as up:
         wait_for(lambda: len(checkpoint_steps(run)) >= 2 and checkpoint_steps(run, "predictor"))
         victims = [child_running(up.pid, "trainer_node", "train")]
         if victim == "all":
@@ -107,47 +128,70 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(
     done = run_to_end(command("trainer_node", "resume", str(run)))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resume from step-" in done.stderr
-    undisturbed, resumed = final_state(whole_run), final_state(run)
+    return run
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_killed_and_resumed_equals_undisturbed_bit_for_bit(
+    whole_run: Path, resumed_runs: dict[str, Future[Path]], victim: str
+) -> None:
+    undisturbed, resumed = final_state(whole_run), final_state(resumed_runs[victim].result())
     assert [name for name in undisturbed if undisturbed[name] != resumed[name]] == []
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> None:
-    run = tmp_path / "stopped"
-    with running(up_command(tmp_path, "stopped", steps=100_000)) as up:
-        wait_for(lambda: last_step(run) > 60)
+HELPERS = {"predictor": ("predictor_node",), "monitor": ("monitor_node",), "server": ("unixsocket",)}
+
+
+@dataclass(frozen=True)
+class HurtRun:
+    path: Path
+    returncode: int
+    output: str
+
+
+@pytest.fixture(scope="module")
+def hurt_run(tmp_path_factory: pytest.TempPathFactory) -> HurtRun:
+    """A run that loses each helper in turn, each time gets predictions again, and is stopped by Ctrl-C."""
+    runs = tmp_path_factory.mktemp("runs")
+    run = runs / "hurt"
+    with running(up_command(runs, "hurt", steps=100_000)) as up:
+        wait_for_a_jump(run, "nobody", after_step=0)
+        for victim, words in HELPERS.items():
+            killed_at = last_step(run)
+            kill(child_running(up.pid, *words))
+            # New proposals are applied well after the kill: prediction is back, and training went on.
+            wait_for_a_jump(run, victim, after_step=killed_at + 50)
+            child_running(up.pid, *words)  # it is there again
         up.send_signal(signal.SIGINT)
         output, _ = up.communicate(timeout=60)
-    assert up.returncode == 0, output
+    return HurtRun(run, up.returncode, output)
+
+
+def wait_for_a_jump(run: Path, victim: str, *, after_step: int) -> None:
+    def has_jumped() -> bool:
+        jumps = [o["base_step"] for o in metric_lines(run, "Outcome") if o["delta_norm"] > 0]
+        return bool(jumps) and jumps[-1] > after_step
+
+    try:
+        wait_for(has_jumped)
+    except AssertionError:
+        pytest.fail(f"killed: {victim}; no jump after step {after_step}, the last step is {last_step(run)}")
+
+
+def test_killing_a_helper_never_stops_training_and_prediction_comes_back(hurt_run: HurtRun) -> None:
+    assert hurt_run.returncode == 0, hurt_run.output
+    steps = [o["step"] for o in metric_lines(hurt_run.path, "Observation")]
+    assert set(range(1, max(steps) + 1)) == set(steps)
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(hurt_run: HurtRun) -> None:
+    run, output = hurt_run.path, hurt_run.output
+    assert hurt_run.returncode == 0, output
     assert f"trainer-node resume {run}" in output
     newest = sealed_folder.folders(run / "checkpoints" / "trainer")[0]
     assert sealed_folder.is_emergency(newest.name)
     sealed_folder.verify(newest)
     assert summary_of(run)["status"] == "stopped"
-
-
-@pytest.mark.parametrize("victim", ["predictor", "monitor", "server"])
-def test_killing_a_helper_never_stops_training_and_prediction_comes_back(victim: str, tmp_path: Path) -> None:
-    run = tmp_path / "hurt"
-    words = {"predictor": ("predictor_node",), "monitor": ("monitor_node",), "server": ("unixsocket",)}[
-        victim
-    ]
-    with running(up_command(tmp_path, "hurt", steps=100_000)) as up:
-        wait_for(lambda: any(o["delta_norm"] > 0 for o in metric_lines(run, "Outcome")))
-        killed_at = last_step(run)
-        kill(child_running(up.pid, *words))
-        # New proposals are applied well after the kill: prediction is back, and training went on.
-        wait_for(lambda: last_step(run) > killed_at + 50)
-        wait_for(
-            lambda: any(
-                o["delta_norm"] > 0 and o["base_step"] > killed_at + 50 for o in metric_lines(run, "Outcome")
-            )
-        )
-        child_running(up.pid, *words)  # it is there again
-        up.send_signal(signal.SIGINT)
-        output, _ = up.communicate(timeout=60)
-    assert up.returncode == 0, output
-    steps = [o["step"] for o in metric_lines(run, "Observation")]
-    assert set(range(1, max(steps) + 1)) == set(steps)
 
 
 def test_killing_the_parent_leaves_nothing_behind(tmp_path: Path) -> None:

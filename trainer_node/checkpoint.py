@@ -1,19 +1,18 @@
 """Saves and restores a run: weights, optimizer state, basis, RNG, progress, ledger.
 
 A checkpoint is a sealed folder (common/sealed_folder.py) of safetensors and JSON; nothing in it is
-ever executed. Tensors are written straight from where they are, without a copy in process memory;
-hashing, fsync and renaming go on in a thread, one folder at a time. Data order needs no state: it
-is a function of seed and step.
+ever executed. A step is captured whole before the next one begins, in a buffer (checkpoint_buffer.py) or
+straight in files; a process writes, hashes, fsyncs and renames (common/folder_process.py), one folder at a
+time, and if it is killed this one does. Data order needs no state: it is a function of seed and step.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +22,56 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common import sealed_folder
-from common.errors import CheckpointError, EnvironmentFault
+from common.errors import SENSELESS, CheckpointError, EnvironmentFault
+from common.folder_job import FilePart, FolderDone, FolderJob, carry_out
+from common.folder_process import FolderProcess, WriterGone
 from common.messages import CheckpointWritten, MemoryAction
-from trainer_node.fingerprint import fingerprint
-from trainer_node.groups import dtype_name
+from trainer_node.checkpoint_buffer import CheckpointBuffer, NoHostMemory
+from trainer_node.checkpoint_content import (
+    READ_OUT,
+    STATE_VERSION,
+    Content,
+    check_optimizer_state,
+    check_same_model,
+    contiguous,
+    facts_of,
+    files_of,
+    load_optimizers,
+    model_tensors,
+    parameter_table,
+    table_of,
+    unreadable,
+)
 from trainer_node.loop import Loop
 from trainer_node.memory_orders import put_in_force
 from trainer_node.memory_state import MemoryState, memory_state_from_json
 from trainer_node.progress import Progress, progress_from_json
-from trainer_node.snapshot import random_state, set_random_state
-from trainer_node.strict_json import with_nan, without_nan
-
-STATE_VERSION = 3
-READ_OUT = "read_out.safetensors"  # parameters; buffers are those of model.safetensors
+from trainer_node.snapshot import set_random_state
+from trainer_node.strict_json import with_nan
 
 
 class Checkpoints:
     """Writes the checkpoints of one run and keeps the newest, the best and the last emergency one."""
 
-    def __init__(self, root: Path, *, keep: int, on_failure: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep: int,
+        on_failure: Callable[[str], None],
+        buffer: CheckpointBuffer | None = None,
+        has_process: bool = False,
+    ) -> None:
+        """Without `buffer` the training thread writes the files; without a process a thread does the rest."""
         self._root, self._keep, self._on_failure = root, keep, on_failure
+        self._buffer = buffer
+        self._process = FolderProcess(None if buffer is None else buffer.descriptor) if has_process else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None
         self.best_name = ""
+        self._best_on_disk = ""
         self.last_failed = False  # the newest attempt left nothing behind
-        # As the thread found them after the last checkpoint; None = not known yet.
+        # As they were found after the last checkpoint; None = not known yet.
         self.newest_bytes: int | None = None
         self.free_bytes: int | None = None
 
@@ -66,15 +90,25 @@ class Checkpoints:
         self.wait()
         name = sealed_folder.folder_name(loop.progress.step, loop.generation, emergency=emergency)
         try:
-            temporary = sealed_folder.begin(self._root, name)
-            facts = _write(temporary, loop, housekeeping)
-            if read_out is not None:
-                save_file(_contiguous(read_out), temporary / READ_OUT)
+            parts = self._capture(name, partial(files_of, loop, housekeeping, read_out))
         except (EnvironmentFault, OSError, SafetensorError) as error:
-            self._fail(f"checkpoint {name} was not saved: {error}; free some space, older ones are intact")
+            self._fail(
+                name, f"checkpoint {name} was not saved: {error}; free some space, older ones are intact"
+            )
             return None
+        facts = facts_of(loop)
         self.last_failed = False
-        self._in_flight = self._thread.submit(self._seal, temporary, facts)
+        self._in_flight = self._thread.submit(
+            self._make_durable,
+            FolderJob(
+                root=str(self._root.absolute()),
+                name=name,
+                facts=facts,
+                keep=self._keep,
+                best_name=self.best_name,
+                parts=parts,
+            ),
+        )
         return CheckpointWritten(
             name=name,
             step=loop.progress.step,
@@ -96,6 +130,7 @@ class Checkpoints:
             sealed_folder.remove(folder)
 
     def wait(self) -> None:
+        """Until the newest is durable, or is known not to be."""
         if self._in_flight is not None:
             self._in_flight.result()
             self._in_flight = None
@@ -103,56 +138,56 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._thread.shutdown()
+        if self._process is not None:
+            self._process.close()
+        if self._buffer is not None:
+            self._buffer.close()
+            self._buffer = None
 
-    def _seal(self, temporary: Path, facts: dict[str, Any]) -> None:
+    def _capture(self, name: str, files: Callable[[], Iterator[tuple[str, Content]]]) -> tuple[FilePart, ...]:
+        """Into the buffer, or where it is too large for that, now and for good, into the temporary folder."""
+        if self._buffer is not None:
+            try:
+                return self._buffer.hold(files())
+            except NoHostMemory:
+                self._buffer.close()
+                self._buffer = None
+                if self._process is not None:
+                    self._process.close()
+                    self._process = FolderProcess(None)
+        temporary = sealed_folder.begin(self._root, name)
+        for file_name, content in files():
+            if isinstance(content, bytes):
+                (temporary / file_name).write_bytes(content)
+            else:
+                save_file(contiguous(content), temporary / file_name)
+        return ()
+
+    def _make_durable(self, job: FolderJob) -> None:
+        """In the thread: a disk that hangs must not stop a step."""
         try:
-            sealed = sealed_folder.seal(temporary, facts)
+            done = self._carry_out(job)
         except EnvironmentFault as error:
-            self._fail(str(error))
+            self._fail(job.name, str(error))
             return
-        for folder in _superfluous(sealed_folder.folders(self._root), self._keep, self.best_name):
-            sealed_folder.remove(folder)
-        self._measure_disk(sealed)
+        self._best_on_disk = job.best_name
+        self.newest_bytes, self.free_bytes = done.num_bytes, done.free_bytes
+        if done.damaged:
+            self._on_failure(done.damaged)
 
-    def _measure_disk(self, sealed: Path) -> None:
-        """Here, in the thread: a disk that hangs must not stop a step."""
-        with contextlib.suppress(OSError):
-            self.newest_bytes = sum(path.stat().st_size for path in sealed.iterdir())
-            self.free_bytes = shutil.disk_usage(self._root).free
+    def _carry_out(self, job: FolderJob) -> FolderDone:
+        if self._process is not None:
+            try:
+                return self._process.carry_out(job)
+            except WriterGone as error:
+                self._on_failure(f"{error}; the trainer writes {job.name} itself, the next has a new writer")
+        return carry_out(job, None if self._buffer is None else self._buffer.descriptor)
 
-    def _fail(self, text: str) -> None:
+    def _fail(self, name: str, text: str) -> None:
         self.last_failed = True
+        if self.best_name == name:
+            self.best_name = self._best_on_disk  # which retention must go on keeping
         self._on_failure(text)
-
-
-def _superfluous(newest_first: Sequence[Path], keep: int, best_name: str) -> list[Path]:
-    ordinary = [f for f in newest_first if not sealed_folder.is_emergency(f.name)]
-    emergencies = [f for f in newest_first if sealed_folder.is_emergency(f.name)]
-    return [f for f in ordinary[keep:] + emergencies[1:] if f.name != best_name]
-
-
-def _write(folder: Path, loop: Loop, housekeeping: Mapping[str, Any]) -> dict[str, Any]:
-    model, progress = loop.task.model, loop.progress
-    save_file(_model_tensors(model), folder / "model.safetensors")
-    optimizer_tensors, optimizer_values = _optimizer_state(loop.optimizers)
-    save_file(optimizer_tensors, folder / "optimizer.safetensors")
-    if loop.basis is not None:
-        save_file(_contiguous(loop.basis.tensors()), folder / "basis.safetensors")
-    save_file(random_state(loop.task.device), folder / "random.safetensors")
-    state = {
-        "version": STATE_VERSION,
-        "generation": loop.generation,
-        "parameters": parameter_table(model),
-        "optimizer_values": optimizer_values,
-        "progress": progress.to_json(),
-        "ledger": loop.ledger.to_json(),
-        "housekeeping": dict(housekeeping),
-        "memory": loop.memory.to_json(),
-    }
-    (folder / "state.json").write_text(json.dumps(without_nan(state), sort_keys=True), encoding="utf-8")
-    # On the host: its sums would take a few MiB of a device that may have none left.
-    weights = fingerprint(p.detach().cpu() for p in model.parameters() if p.requires_grad)
-    return {"step": progress.step, "generation": loop.generation, "fingerprint": weights}
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +205,17 @@ class Saved:
 def load(folder: Path, loop: Loop) -> dict[str, Any]:
     """Put a verified checkpoint into a fresh loop; returns the housekeeping values.
 
-    Raises CheckpointError before anything is changed if the folder is damaged or of another model.
+    Raises CheckpointError, before anything is changed if the folder is damaged or of another model.
     """
     saved = read(folder, loop)
-    put_in_force(loop, saved.memory)
-    put_tensors(loop, saved, folder)
-    loop.ledger.load(saved.ledger)
+    try:
+        put_in_force(loop, saved.memory)
+        put_tensors(loop, saved, folder)
+        loop.ledger.load(saved.ledger)
+    except torch.OutOfMemoryError:
+        raise
+    except SENSELESS as error:  # whole by its digests, yet written by something else than a trainer
+        raise unreadable(folder, error) from None
     loop.progress = saved.progress
     return saved.housekeeping
 
@@ -192,7 +232,9 @@ def read(folder: Path, loop: Loop) -> Saved:
         }
         if state["version"] != STATE_VERSION:
             raise CheckpointError(f"{folder}: state version {state['version']} is not {STATE_VERSION}")
-        _check_same_model(folder, state["parameters"], parameter_table(loop.task.model))
+        for table in (state["parameters"], table_of(tensors["model"])):
+            check_same_model(folder, table, parameter_table(loop.task.model))
+        check_optimizer_state(tensors["optimizer"], loop.optimizers)
         return Saved(
             tensors=tensors,
             progress=progress_from_json(state["progress"], loop.rules),
@@ -201,8 +243,8 @@ def read(folder: Path, loop: Loop) -> Saved:
             housekeeping=dict(state["housekeeping"]),
             memory=memory_state_from_json(state.get("memory", {})),
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error}); use an older checkpoint") from None
+    except (OSError, SafetensorError, *SENSELESS) as error:
+        raise unreadable(folder, error) from None
 
 
 def load_weights(folder: Path, model: nn.Module) -> int:
@@ -212,11 +254,11 @@ def load_weights(folder: Path, model: nn.Module) -> int:
         found = load_file(folder / "model.safetensors")
         if (folder / READ_OUT).exists():
             found.update(load_file(folder / READ_OUT))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error}); use an older checkpoint") from None
-    _check_same_model(folder, _table(found), parameter_table(model))
+    except (OSError, SafetensorError, *SENSELESS) as error:
+        raise unreadable(folder, error) from None
+    check_same_model(folder, table_of(found), parameter_table(model))
     with torch.no_grad():
-        for name, tensor in _model_tensors(model).items():
+        for name, tensor in model_tensors(model).items():
             tensor.copy_(found[name])
     return int(manifest["step"])
 
@@ -229,72 +271,17 @@ def put_tensors(loop: Loop, saved: Saved, folder: Path) -> None:
     is_basis_fresh = loop.basis is not None and MemoryAction.PREDICTION_OFF in saved.memory.in_force
     if loop.basis is not None and not is_basis_fresh:
         loop.prediction.form(saved.memory)
-        if _table(loop.basis.tensors()) != _table(tensors.get("basis", {})):
+        if table_of(loop.basis.tensors()) != table_of(tensors.get("basis", {})):
             loop.prediction.form(loop.memory)
             raise CheckpointError(
                 f"{folder}: was written with another [trainer.basis]; resume with its config.toml"
             )
-    for name, tensor in _model_tensors(loop.task.model).items():
+    set_random_state(dict(tensors["random"]), loop.task.device)
+    for name, tensor in model_tensors(loop.task.model).items():
         tensor.copy_(tensors["model"][name])
-    _load_optimizers(loop.optimizers, tensors["optimizer"], saved.optimizer_values)
+    load_optimizers(loop.optimizers, tensors["optimizer"], saved.optimizer_values)
     if is_basis_fresh:
         loop.prediction.renew(saved.progress.phase)
     elif loop.basis is not None:
         loop.basis.load(tensors["basis"])
         loop.prediction.form(loop.memory)
-    set_random_state(dict(tensors["random"]), loop.task.device)
-
-
-def parameter_table(model: nn.Module) -> dict[str, list[Any]]:
-    """Name -> [shape, dtype] of everything that a checkpoint of this model holds."""
-    return _table(_model_tensors(model))
-
-
-def _table(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    return {name: [list(t.shape), dtype_name(t.dtype)] for name, t in tensors.items()}
-
-
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters (tied ones once) and persistent buffers, contiguous as they are."""
-    persistent = model.state_dict(keep_vars=True)
-    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
-    return {name: t.detach() for name, t in {**dict(model.named_parameters()), **buffers}.items()}
-
-
-def _check_same_model(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    if saved == mine:
-        return
-    different = sorted(n for n in {*saved, *mine} if saved.get(n) != mine.get(n))
-    name = different[0]
-    raise CheckpointError(
-        f"{folder}: is of another model: {name} is {saved.get(name, 'missing')} there and"
-        f" {mine.get(name, 'missing')} here; use the config.toml of its run"
-    )
-
-
-def _optimizer_state(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    for number, optimizer in enumerate(optimizers):
-        for index, entries in optimizer.state_dict()["state"].items():
-            for key, value in entries.items():
-                place = tensors if isinstance(value, Tensor) else values
-                place[f"{number}.{index}.{key}"] = value
-    return _contiguous(tensors), values
-
-
-def _load_optimizers(
-    optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor], values: Mapping[str, Any]
-) -> None:
-    states: list[dict[int, dict[str, Any]]] = [{} for _ in optimizers]
-    for name, value in {**tensors, **values}.items():
-        number, index, key = name.split(".", 2)
-        states[int(number)].setdefault(int(index), {})[key] = value
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.state.clear()  # before the new one is allocated: a device may not hold both
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without a copy, or with one on the host: an emergency checkpoint allocates nothing on the device."""
-    return {n: t.detach() if t.is_contiguous() else t.detach().cpu().contiguous() for n, t in tensors.items()}

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from common.command import run_command
+from common.command import redis_option, run_command
 from common.config import dump_settings, load_settings, preset_names, setting_rows
 from common.errors import SettingsError
 from common.parent import stop_on_signals, stop_when_parent_goes
@@ -114,7 +114,7 @@ def up(
 
 
 @cli.command()
-@click.option("--redis", "redis_url", metavar="URL", help="Bus address; default: HPT_REDIS_URL.")
+@redis_option
 @_settings_options
 @click.option(
     "--decisions", "decisions_file", type=click.Path(path_type=Path),

@@ -111,7 +111,7 @@ def split(corpus: Corpus, validation_share: float) -> Split:
 
 def _collect_file(file: Path, source: str, max_bytes: int) -> Corpus:
     try:
-        text = _read_text(file, None, limit_bytes=max_bytes)
+        text = _read_text(file, max_bytes, inside=None)
     except _Skip as skip:
         raise DataError(f"{source}: {skip}; give --data a UTF-8 text file or a folder of them") from None
     return Corpus(source=source, documents=(Document(name=file.name, text=text),), skipped={})
@@ -155,39 +155,40 @@ def _read_documents(root: Path, names: list[str], max_bytes: int, skipped: Count
             skipped["beyond max_bytes"] += 1
             continue
         try:
-            text = _read_text(root / name, inside)
+            text = _read_text(root / name, max_bytes - taken_bytes, inside=inside)
         except _Skip as skip:
             skipped[str(skip)] += 1
-            continue
-        if taken_bytes + len(text) > max_bytes:
-            skipped["beyond max_bytes"] += 1
             continue
         documents.append(Document(name=name, text=text))
         taken_bytes += len(text)
     return sorted(documents, key=lambda document: document.name)
 
 
-def _read_text(file: Path, inside: Path | None, *, limit_bytes: int | None = None) -> bytes:
+def _read_text(file: Path, max_bytes: int, *, inside: Path | None) -> bytes:
     """The file's bytes, which are UTF-8 text; raises _Skip with the reason.
 
-    With a limit, a longer file is cut at the last line end (or else character) that fits.
+    Of a longer file no more than `max_bytes` is read: one of a folder is left out, one that was given by
+    itself is cut at the last line end (or else character) that fits.
     """
     try:
-        if inside is not None and file.is_symlink() and not file.resolve().is_relative_to(inside):
+        # Not only the file may be a link: an index of a stranger may name one behind a linked folder.
+        if inside is not None and not file.resolve().is_relative_to(inside):
             raise _Skip("link out of the folder")
         if not stat.S_ISREG(file.stat().st_mode):
             raise _Skip("not a regular file")
         with file.open("rb") as stream:
-            text = stream.read() if limit_bytes is None else stream.read(limit_bytes + 1)
+            text = stream.read(max_bytes + 1)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise _Skip(f"unreadable ({_reason(error)})") from None
-    if limit_bytes is not None and len(text) > limit_bytes:
-        text = text[:limit_bytes]
+    if b"\0" in text:
+        raise _Skip("binary")
+    if len(text) > max_bytes and inside is not None:
+        raise _Skip("beyond max_bytes")
+    if len(text) > max_bytes:
+        text = text[:max_bytes]
         text = text[: text.rfind(b"\n") + 1] or text.decode("utf-8", "ignore").encode()
     if not text:
         raise _Skip("empty")
-    if b"\0" in text:
-        raise _Skip("binary")
     try:
         text.decode("utf-8")
     except UnicodeDecodeError:
@@ -208,13 +209,25 @@ def _walked_names(
 
 def _tracked_names(root: Path) -> list[str] | None:
     """Tracked files, or None where git is absent or refuses the repository."""
-    # A repository may name a program as its fsmonitor, and reading one must not run anything of it.
-    command = ["git", "-c", "core.fsmonitor=false", "-C", str(root), "ls-files", "-z", "--cached"]
+    # A repository may name programs: as its fsmonitor, or as the other end of a partial clone whose missing
+    # objects are fetched on sight. Reading one must not run anything of it, nor use the network.
+    command = [
+        "git",
+        "-c",
+        "core.fsmonitor=false",
+        "--no-pager",
+        "-C",
+        str(root),
+        "ls-files",
+        "-z",
+        "--cached",
+    ]
+    environment = {**os.environ, "GIT_ALLOW_PROTOCOL": "", "GIT_NO_LAZY_FETCH": "1"}
     try:
-        listing = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+        found = subprocess.run(command, capture_output=True, check=True, timeout=60, env=environment)
     except (OSError, subprocess.SubprocessError):
         return None
-    return [os.fsdecode(name) for name in listing.split(b"\0") if name]
+    return [os.fsdecode(name) for name in found.stdout.split(b"\0") if name]
 
 
 def _split_single(document: Document, validation_share: float) -> Split:

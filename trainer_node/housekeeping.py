@@ -194,12 +194,21 @@ class Housekeeping:
         return (*found, Metric(name="skipped_steps", value=loop.progress.skipped_steps, unit="steps"))
 
     def save(
-        self, loop: Loop, *, emergency: bool = False, read_out: Mapping[str, Tensor] | None = None
+        self,
+        loop: Loop,
+        *,
+        emergency: bool = False,
+        read_out: Mapping[str, Tensor] | None = None,
+        is_awaited: bool = False,
     ) -> bool:
-        """Whether there is a checkpoint of this state now; if not, an alert says why."""
+        """Whether there is a checkpoint of this state now, or, unless `is_awaited`, will be.
+
+        If not, an alert says why, now or when it is known.
+        """
         if self._checkpoints is None:
             return False
         with loop.ledger.span(purposes.CHECKPOINTS) as saving:
+            self._checkpoints.wait()  # it may yet take the name of the best one back
             loop.settle_observations()
             former_best = self._checkpoints.best_name
             if self.last_loss < self.best_loss:
@@ -209,11 +218,14 @@ class Housekeeping:
                 )
             self.best_loss = min(self.best_loss, self.last_loss)
             written = self._checkpoints.save(loop, self.to_json(), emergency=emergency, read_out=read_out)
+            if written is not None and is_awaited:
+                self._checkpoints.wait()
+                written = None if self._checkpoints.last_failed else written
             if written is not None:
                 self._emit(written)
             else:
                 self._checkpoints.best_name = former_best
-        if not emergency:
+        if not (emergency or is_awaited):
             self._clock.measured(saving.wall_seconds)
         return written is not None
 
@@ -231,7 +243,7 @@ class Housekeeping:
     def _obey(self, loop: Loop, order: Order) -> None:
         before = held_bytes(loop.task.device)
         if isinstance(order, CheckpointRequest):
-            saved = self.save(loop, emergency=order.emergency)
+            saved = self.save(loop, emergency=order.emergency, is_awaited=True)
             order_id = order.request_id
             what = "checkpoint" if saved else "no checkpoint could be saved"
             result = Done(saved, f"{what} at step {loop.progress.step}: {order.reason}")

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+from collections.abc import Callable
 
-from common.bus import Bus
+from common.bus import STREAM_START, Bus, EntryId
 from common.clock import Clock
 from common.errors import BusError
 from common.follower import Follower, decoded
@@ -27,9 +28,11 @@ from common.messages import (
     StopRequest,
 )
 from common.streams import DECISIONS, HISTORY, MONITOR, ORDERS, PREDICTOR, notes_of
+from trainer_node.answer_watch import AnswerWatch
 from trainer_node.retention import CHECK_SECONDS, Retention
 
 _READ_BLOCK_SECONDS = 0.5
+MAX_DECISIONS = 4  # kept for points to come: an honest predictor sends one, and each may be 256 KiB
 
 
 class Inbox:
@@ -44,8 +47,13 @@ class Inbox:
         stop: threading.Event,
         clock: Clock,
         rng: random.Random,
+        asked_by: Callable[[], EntryId] = lambda: STREAM_START,
     ) -> None:
-        """`generation` is the trainer's: decisions for another one are stale on arrival. Raises BusError."""
+        """`generation` is the trainer's: decisions for another one are stale on arrival. Raises BusError.
+
+        `asked_by` tells the newest entry of the history that was handed over: at a decision point, the
+        question.
+        """
         self._generation, self._silent_seconds, self._stop, self._clock = (
             generation,
             silent_seconds,
@@ -65,7 +73,9 @@ class Inbox:
         self._veto_until_seconds = 0.0
         self._orders: list[Order] = []
         self._predictor_seen_seconds: float | None = None
-        self._gave_up = False
+        self._asked_by = asked_by
+        self._answer = AnswerWatch(grace_seconds=silent_seconds)
+        self._is_waiting = False  # in lockstep, without a deadline
         self._retention = Retention()
         self._trim_at_seconds = clock.monotonic() + CHECK_SECONDS
         self._closed = False
@@ -77,10 +87,11 @@ class Inbox:
         key = (attempt, step)
         deadline = None if seconds is None else self._clock.monotonic() + seconds
         with self._news:
+            self._answer.ask(self._asked_by())
+            self._is_waiting = deadline is None
             while key not in self._decisions and not self._stop.is_set():
                 if deadline is None:
-                    if self._gave_up or not self._predictor_lives():
-                        self._gave_up = False
+                    if not self._predictor_lives() or self._answer.is_in_vain(self._clock.monotonic()):
                         break
                     self._news.wait(_READ_BLOCK_SECONDS)
                 else:
@@ -88,6 +99,8 @@ class Inbox:
                     if left_seconds <= 0:
                         break
                     self._news.wait(left_seconds)
+            self._is_waiting = False
+            self._answer.end()
             decision = self._decisions.pop(key, None)
             self._asked = key
             self.stale += len(self._decisions)
@@ -127,28 +140,32 @@ class Inbox:
 
     def _run(self) -> None:
         while not self._closed:
-            for _, message in decoded(self._follower.read(_READ_BLOCK_SECONDS)):
-                self._take(message)
+            for entry, message in decoded(self._follower.read(_READ_BLOCK_SECONDS)):
+                self._take(entry.stream, message)
             if self._clock.monotonic() >= self._trim_at_seconds:
                 self._trim_at_seconds = self._clock.monotonic() + CHECK_SECONDS
                 self._trim()
+            if self._is_waiting:
+                self._look_for_the_question()
 
-    def _take(self, message: Message) -> None:
+    def _take(self, stream: str, message: Message) -> None:
+        """A message counts on the stream of its writer only: a predictor gives no orders."""
         with self._news:
             match message:
-                case PhaseDecision():
+                case PhaseDecision() if stream == DECISIONS:
                     self._keep(message)
                     self._predictor_seen_seconds = self._clock.monotonic()
-                case DeadLetter(stream=stream) if stream == HISTORY:
-                    self._gave_up = True  # the predictor could not read the point that is waited for
-                case Heartbeat():
+                case DeadLetter(stream=unread) if unread == HISTORY and stream == notes_of(PREDICTOR):
+                    self._answer.note_dead_letter(message)
+                case Heartbeat(node=node) if stream == notes_of(node):
                     self._retention.note(message)
-                    if message.node == PREDICTOR:
+                    if node == PREDICTOR:
                         self._predictor_seen_seconds = self._clock.monotonic()
-                case PhaseVeto():
+                        self._answer.note_heartbeat(message, self._predictor_seen_seconds)
+                case PhaseVeto() if stream == ORDERS:
                     self._veto = message if message.active else None
                     self._veto_until_seconds = self._clock.monotonic() + message.valid_seconds
-                case CheckpointRequest() | MemoryOrder() | StopRequest():
+                case CheckpointRequest() | MemoryOrder() | StopRequest() if stream == ORDERS:
                     self._orders.append(message)
                 case _:
                     return
@@ -160,6 +177,9 @@ class Inbox:
             self.stale += 1
         else:
             self._decisions[key] = decision
+            if len(self._decisions) > MAX_DECISIONS:
+                del self._decisions[max(self._decisions)]
+                self.stale += 1
 
     def _trim(self) -> None:
         """Drop history that everybody has saved. A server that is away is trimmed another time."""
@@ -168,3 +188,10 @@ class Inbox:
             if below is not None:
                 self._bus.trim(HISTORY, below=below)
                 self.trims += 1
+
+    def _look_for_the_question(self) -> None:
+        """A server that lost its data has lost it too: then nobody will ever answer."""
+        with contextlib.suppress(BusError):
+            newest = self._bus.last_id(HISTORY)
+            with self._news:
+                self._answer.note_newest(newest, self._clock.monotonic())

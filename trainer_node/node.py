@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import features, sealed_folder
-from common.bus import Bus
+from common.bus import Bus, EntryId
 from common.clock import SystemClock
 from common.config import dump_settings
 from common.errors import EnvironmentFault, Fenced, HybridError, UserError
@@ -27,10 +27,11 @@ from common.outbox import Outbox
 from common.publisher import Publisher
 from common.recording import messages_of, read_recording
 from common.settings import RunSettings
-from common.streams import DECISIONS, TRAINER
+from common.streams import DECISIONS, HISTORY, TRAINER, notes_of
 from trainer_node import checkpoint, run_folder
 from trainer_node.assembly import build_loop, prepare_task, run_started
 from trainer_node.checkpoint import Checkpoints
+from trainer_node.checkpoint_buffer import make_buffer
 from trainer_node.display import Display
 from trainer_node.housekeeping import Housekeeping
 from trainer_node.inbox import Inbox
@@ -63,16 +64,15 @@ def run_trainer(job: TrainerJob, stop: threading.Event) -> int:
     """Train until done or told to stop. Returns the exit code; raises HybridError for known faults."""
     check_read_out(job.settings)
     recorded = _recorded_decisions(job.decisions_file)
-    start_from = _checkpoint_to_resume(job)
+    start_from, passed_over = _checkpoint_to_resume(job)
     task = prepare_task(job.settings.trainer)
     with ExitStack() as open_things:
         node = _Connection(job, open_things, stop, start_from)
         links = node.links(recorded)
         if start_from is None:
             run_folder.create(job.run.path.parent, job.run.run_id, job.settings, again=job.resume)
-        checkpoints = Checkpoints(
-            job.run.trainer_checkpoints, keep=job.settings.trainer.checkpoint.keep, on_failure=node.alarm
-        )
+        checkpoints = _checkpoints(job, node, task)
+        open_things.callback(checkpoints.close)
         housekeeping = Housekeeping(node.emit, checkpoints)
 
         def between_steps(loop: Loop) -> None:
@@ -100,6 +100,8 @@ def run_trainer(job: TrainerJob, stop: threading.Event) -> int:
             held_out=housekeeping.last_loss,
             resumed_from=start_from.name if start_from else "",
         )
+        for reason in passed_over:
+            node.alarm(f"passed over: {reason}", kind="checkpoint_passed_over", severity="warning")
         loop.ledger.start()
         if start_from is None:
             housekeeping.begin(loop)
@@ -108,15 +110,20 @@ def run_trainer(job: TrainerJob, stop: threading.Event) -> int:
             loop.run()
         except MemoryExhausted as error:
             exhausted = error  # the state is that before the step that did not fit: it is saved
-        finished = loop.progress.step >= job.settings.trainer.steps
-        housekeeping.end(loop, emergency=not finished)
-        status = "finished" if finished else "stopped"
-        node.emit(RunEnded(step=loop.progress.step, reason=status))
-        node.sum_up(loop, housekeeping, status)
+        if node.fenced is None:  # else the folder is the newer trainer's
+            node.end(loop, housekeeping)
     fault = node.fenced or exhausted or _fault_of(housekeeping, checkpoints)
     if fault is not None:
         raise fault
     return 0
+
+
+def _checkpoints(job: TrainerJob, node: _Connection, task: Task) -> Checkpoints:
+    settings = job.settings.trainer.checkpoint
+    return Checkpoints(
+        job.run.trainer_checkpoints, keep=settings.keep, on_failure=node.alarm,
+        buffer=make_buffer(settings.staging, task.device), has_process=True,
+    )  # fmt: skip
 
 
 def _fault_of(housekeeping: Housekeeping, checkpoints: Checkpoints) -> HybridError | None:
@@ -144,8 +151,7 @@ class _Connection:
         self._resets = 0
         self._clock = SystemClock()
         self._bus = self._open_bus()
-        floor = sealed_folder.age_key(start_from.name)[0] + 1 if start_from else 1
-        self.generation = self._bus.next_generation(TRAINER, at_least=floor)
+        self.generation = self._bus.next_generation(TRAINER, at_least=self._newest_generation(start_from) + 1)
         publisher = Publisher(
             self._bus, writer=TRAINER, generation=self.generation, clock=self._clock, rng=random.Random()
         )
@@ -163,9 +169,16 @@ class _Connection:
             stop=self._stop,
             clock=self._clock,
             rng=random.Random(),
+            asked_by=lambda: EntryId(self.generation, self._outbox.next_sequences.get(HISTORY, 1) - 1),
         )
         self._open.callback(self._inbox.close)
         return self._inbox
+
+    def _newest_generation(self, start_from: Path | None) -> int:
+        """That anybody knows of: a server may have lost its counter, a start may have left no checkpoint."""
+        written = max(self._bus.last_id(stream).generation for stream in (HISTORY, notes_of(TRAINER)))
+        saved = sealed_folder.age_key(start_from.name)[0] if start_from else 0
+        return max(written, saved, run_folder.last_generation(self._job.run))
 
     def begin(self, loop: Loop, task: Task, *, held_out: float, resumed_from: str) -> None:
         """From here on things are written: metrics, event files, messages."""
@@ -179,12 +192,13 @@ class _Connection:
         )
         display.start_from(loop.ledger.verdicts, loop.ledger.virtual_steps, held_out)
         self._open.callback(display.close)
+        run_folder.remember_generation(self._job.run, self.generation)
         write_provenance(self._made_with, self._job.run.path)
         if task.tokenizer_path is not None:
             shutil.copyfile(task.tokenizer_path, self._job.run.tokenizer)
         self._open.callback(sinks.close)
         self._listeners += [sinks.put, display.put]
-        self._open.callback(self._outbox.close, LAST_WORDS_SECONDS)
+        self._open.callback(self._say_last_words)
         self._started = run_started(
             loop,
             run_id=self._job.run.run_id,
@@ -205,20 +219,22 @@ class _Connection:
         if settings.trainer.decision_mode == "lockstep" and self._inbox and settings.predictor.enabled:
             self._wait_for_predictor(self._inbox)
 
+    def _say_last_words(self) -> None:
+        """What the server never got is lost with this process: people are told, in terminal and metrics."""
+        if not self._outbox.close(LAST_WORDS_SECONDS) and self.fenced is None:
+            self.alarm(f"{self._outbox.counters().queued} entries never reached a server", kind="unpublished")
+
     def _status(self) -> NodeStatus:
-        counters = self._outbox.counters()
-        return NodeStatus(
-            state="stopping" if self._stop.is_set() else "running",
-            step=self.step,
-            counters=(
-                Metric(name="outbox_queued", value=counters.queued, unit="entries"),
-                Metric(
-                    name="outbox_dropped_observations", value=counters.dropped_observations, unit="entries"
-                ),
-                Metric(name="outbox_dropped_notes", value=counters.dropped_notes, unit="entries"),
-                Metric(name="late_decisions", value=self.late, unit="decisions"),
-            ),
+        outbox = self._outbox.counters()
+        counts = (
+            ("outbox_queued", outbox.queued, "entries"),
+            ("outbox_dropped_observations", outbox.dropped_observations, "entries"),
+            ("outbox_dropped_notes", outbox.dropped_notes, "entries"),
+            ("late_decisions", self.late, "decisions"),
         )
+        metrics = tuple(Metric(name=name, value=value, unit=unit) for name, value, unit in counts)
+        state = "stopping" if self._stop.is_set() else "running"
+        return NodeStatus(state=state, step=self.step, counters=metrics)
 
     def repeat_start_if_lost(self) -> None:
         """A server that lost or trimmed its data no longer says which run this is: say it again."""
@@ -231,18 +247,22 @@ class _Connection:
         for listener in self._listeners:
             listener(message)
 
-    def alarm(self, text: str) -> None:
-        self.emit(Alert(node=TRAINER, severity="error", kind="trainer_fault", text=text, step=self.step))
+    def alarm(self, text: str, *, kind: str = "trainer_fault", severity: str = "error") -> None:
+        self.emit(Alert(node=TRAINER, severity=severity, kind=kind, text=text, step=self.step))
 
     @property
     def late(self) -> int:
         return self._inbox.stale if self._inbox else 0
 
-    def sum_up(self, loop: Loop, housekeeping: Housekeeping, status: str) -> None:
-        run_id, late, made_with = self._job.run.run_id, self.late, self._made_with
+    def end(self, loop: Loop, housekeeping: Housekeeping) -> None:
+        """The last checkpoint, the last word, the summary."""
+        status = "finished" if loop.progress.step >= self._job.settings.trainer.steps else "stopped"
+        housekeeping.end(loop, emergency=status == "stopped")
+        self.emit(RunEnded(step=loop.progress.step, reason=status))
         summary = build_summary(
-            loop, housekeeping, run_id=run_id, status=status, late=late, made_with=made_with
-        )
+            loop, housekeeping, run_id=self._job.run.run_id, status=status, late=self.late,
+            made_with=self._made_with,
+        )  # fmt: skip
         write_summary(self._job.run.summary, summary)
 
     def _wait_for_predictor(self, inbox: Inbox) -> None:
@@ -262,16 +282,15 @@ class _Connection:
         self._stop.set()
 
 
-def _checkpoint_to_resume(job: TrainerJob) -> Path | None:
-    """Where to go on; None for a fresh run. Raises UserError when the folder was used and resume is off."""
+def _checkpoint_to_resume(job: TrainerJob) -> tuple[Path | None, list[str]]:
+    """Where to go on, and why not from newer ones; None: a fresh run. Raises UserError without `resume`."""
     if not job.run.is_used:
-        return None
+        return None, []
     if not job.resume:
         raise UserError(f"{job.run.path} holds a run already: choose another --run-id or add --resume")
     if not sealed_folder.folders(job.run.trainer_checkpoints):
-        return None
-    folder, _ = newest_checkpoint(job.run, with_predictor=job.settings.predictor.enabled)
-    return folder
+        return None, []
+    return newest_checkpoint(job.run, with_predictor=job.settings.predictor.enabled)
 
 
 def _recorded_decisions(file: Path | None) -> list[PhaseDecision] | None:

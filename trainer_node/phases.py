@@ -21,6 +21,8 @@ MAX_HORIZON_WINDOWS = 64
 # A window may be this many times longer than configured: a resting run still asks now and then.
 MAX_WINDOW_STRETCH = 64
 MAX_CHUNKS = 64
+# Of an id that Outcome repeats: with a longer one the outcome might not fit into a message.
+MAX_ID_CHARACTERS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,7 @@ def objection(
 def _is_well_formed(decision: PhaseDecision, position: Position, rules: PhaseRules) -> bool:
     return (
         decision.phase is Phase.PREDICT
+        and len(decision.decision_id) <= MAX_ID_CHARACTERS
         and 1 <= decision.horizon_steps <= MAX_HORIZON_WINDOWS * rules.window_steps
         and decision.num_groups == position.num_groups
         and decision.num_directions == position.num_directions

@@ -15,7 +15,7 @@ from common.messages import DIRECTIONS, Outcome, Phase, PhaseDecision, Verdict
 from common.schedule import decay_start_step
 from common.settings import TrainerSettings
 from trainer_node.featurize import FeatureState, StepFacts
-from trainer_node.phases import PhaseRules, PhaseState, Position, first_state
+from trainer_node.phases import MAX_ID_CHARACTERS, PhaseRules, PhaseState, Position, first_state
 from trainer_node.spikes import CLEAR_STEPS
 from trainer_node.tasks import Task
 from trainer_node.trial import Before, blank_outcome
@@ -202,7 +202,7 @@ def outcome_without_jump(
 ) -> Outcome:
     """Of a decision point that the run passed as it was."""
     return blank_outcome(
-        decision.decision_id if decision else f"{progress.step}.{progress.attempt}",
+        decision.decision_id[:MAX_ID_CHARACTERS] if decision else f"{progress.step}.{progress.attempt}",
         verdict,
         step=progress.step,
         attempt=progress.attempt,

@@ -8,6 +8,9 @@ length fuse of common/streams.py protects the server. Decides only; the inbox do
 
 from __future__ import annotations
 
+import math
+from typing import TypeGuard
+
 from common.bus import EntryId
 from common.messages import Heartbeat
 
@@ -24,7 +27,7 @@ class Retention:
     def note(self, heartbeat: Heartbeat) -> None:
         values = {metric.name: metric.value for metric in heartbeat.counters}
         generation, sequence = values.get("saved_generation"), values.get("saved_sequence")
-        if generation is not None and sequence is not None:
+        if _is_number(generation) and _is_number(sequence):
             self._saved[heartbeat.node] = EntryId(int(generation), int(sequence))
 
     def trim_below(self, newest: EntryId) -> EntryId | None:
@@ -34,3 +37,7 @@ class Retention:
         kept = EntryId(newest.generation, newest.sequence - KEPT_ENTRIES)
         below = min(kept, *self._saved.values())
         return below if below.sequence > 0 else None
+
+
+def _is_number(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)

@@ -78,7 +78,8 @@ class SpikeWatch:
         rises = f"{spike.usual_loss:.4g} -> {spike.loss:.4g} nats"
         what = f"the training loss left its bounds at step {spike.first_step} ({rises})"
         spiked_step, in_a_row = loop.progress.step, loop.progress.rollbacks_next
-        rollback = roll_back(loop, self._checkpoints, spike) if self._checkpoints is not None else None
+        tell = partial(self._tell, loop, kind="checkpoint_passed_over")
+        rollback = roll_back(loop, self._checkpoints, spike, tell) if self._checkpoints is not None else None
         if rollback is None:
             if not self._told_no_way_back:
                 self._tell(loop, f"{what}; there is no sound checkpoint from before it: going on")
@@ -117,15 +118,20 @@ def _spike_of(loop: Loop) -> Spike | None:
     )
 
 
-def roll_back(loop: Loop, checkpoints: Checkpoints, spike: Spike) -> Rollback | None:
+def roll_back(
+    loop: Loop, checkpoints: Checkpoints, spike: Spike, passed_over: Callable[[str], None] = lambda _: None
+) -> Rollback | None:
     """None where there is no sound checkpoint from before the spike: then nothing was changed.
+
+    `passed_over` is told why a checkpoint was not taken.
 
     The loop must be calm and its observations settled.
     """
     for folder in _candidates(checkpoints.saved_until(loop.progress.step), loop, spike):
         try:
             rollback = _set_back_with_room(folder, loop)
-        except CheckpointError:
+        except CheckpointError as error:
+            passed_over(f"passed over: {error}")
             continue
         checkpoints.forget_newer(folder)
         return rollback

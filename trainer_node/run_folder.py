@@ -65,6 +65,10 @@ class RunFolder:
         return self.path / "checkpoints" / "predictor"
 
     @property
+    def generation(self) -> Path:
+        return self.path / "generation"
+
+    @property
     def is_used(self) -> bool:
         """A trainer has run here."""
         return self.metrics.exists() or bool(sealed_folder.folders(self.trainer_checkpoints))
@@ -116,6 +120,28 @@ def open_existing(path: Path) -> tuple[RunFolder, RunSettings]:
     return run, load_settings(file=run.config)
 
 
+def last_generation(run: RunFolder) -> int:
+    """The highest generation that a trainer of this run was given; 0 before the first, or where it cannot be
+    read: then checkpoints and server have to tell.
+    """
+    try:
+        return int(run.generation.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0
+
+
+def remember_generation(run: RunFolder, generation: int) -> None:
+    """A new server knows no old generations, and a start may end before its first checkpoint: without this
+    its ids would come again, and readers would take new entries for old ones. Raises EnvironmentFault.
+    """
+    temporary = run.generation.with_suffix(".tmp")
+    try:
+        temporary.write_text(f"{generation}\n", encoding="ascii")
+        temporary.replace(run.generation)
+    except OSError as error:
+        raise EnvironmentFault(f"{run.generation}: cannot be written: {error.strerror}") from None
+
+
 def newest_checkpoint(run: RunFolder, *, with_predictor: bool) -> tuple[Path, list[str]]:
     """The newest checkpoint that verifies, and why newer ones were passed over.
 
@@ -136,7 +162,7 @@ def newest_checkpoint(run: RunFolder, *, with_predictor: bool) -> tuple[Path, li
         reasons.append(f"{folder.name}: the predictor has no state for it")
     if whole:
         return whole[0], [r for r in reasons if not r.startswith(whole[0].name)]
-    detail = f" ({reasons[0]})" if reasons else ""
+    detail = f" ({'; '.join(reasons)})" if reasons else ""
     raise CheckpointError(
         f"{run.path}: no checkpoint to go on from{detail}; start anew with `trainer-node up`"
     )

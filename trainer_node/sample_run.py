@@ -28,6 +28,11 @@ def sample_run(
     model = build_model(settings.trainer, torch.device("cpu"))
     load_weights(folder, model)
     tokenizer = load_tokenizer(tokenizer_file)
+    known_tokens = model.settings.vocabulary_size
+    if tokenizer.get_vocab_size() > known_tokens:
+        raise UserError(
+            f"{tokenizer_file}: has more tokens than the model ({known_tokens}); use the run's own"
+        )
     return generate(
         model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
     )

@@ -89,7 +89,10 @@ def metric_line(message: Message) -> dict[str, Any] | None:
                 **{name: message.features[INDEX[name]] for name in _SHOWN},
                 "step_seconds": 10 ** message.features[INDEX["log10_step_seconds"]],
             }
-        case Outcome() | Evaluation() | CheckpointWritten() | Alert() | RunEnded():
+        case Alert():
+            fields = asdict(message)
+            fields["alert_kind"] = fields.pop("kind")  # a record's own kind is that of the message
+        case Outcome() | Evaluation() | CheckpointWritten() | RunEnded():
             fields = asdict(message)
         case _:
             return None

@@ -126,7 +126,8 @@ def read_sidecar(folder: Path) -> Sidecar | None:
                 return None
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, or JSON of another shape
+    # not JSON, or JSON of another shape
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return sidecar
 
@@ -137,6 +138,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path}: not a tokenizer file: {error}") from None
+    if tokenizer.token_to_id(END) is None:
+        raise DataError(f"{path}: not a tokenizer of ours: it has no {END}")
     tokenizer.encode_special_tokens = True  # text that spells <end> is text
     return tokenizer
 

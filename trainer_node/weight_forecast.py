@@ -90,8 +90,9 @@ def read_forecaster(content: bytes, *, num_groups: int, num_differences: int) ->
         raise ValueError(f"a forecaster of {len(content)} bytes, more than {MAX_BYTES}")
     try:
         tensors = load(content)
-    except SafetensorError as error:
-        raise ValueError(f"not a forecaster: {error}") from None
+    # Besides its own error the library raises whatever a dtype or a shape that torch lacks runs into.
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"not a forecaster: {type(error).__name__}") from None
     hidden_units = tensors["head"].numel() if "head" in tensors else 0
     shapes = forecaster_shapes(num_groups, num_differences, hidden_units)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -14,7 +14,7 @@ import redis
 from common.bus import STREAM_START, Bus, Entry, EntryId, GroupLost
 from common.codec import decode_entry
 from common.embedded import start_server
-from common.errors import BusError, BusFull, BusRefused, BusUnavailable, SchemaMismatch
+from common.errors import BusError, BusFull, BusRefused, BusUnavailable, NotPermitted, SchemaMismatch
 from common.open_bus import open_bus, open_link, parse_redis_url
 from common.redis_link import RedisLink, connect
 from common.streams import HISTORY, key_of
@@ -70,12 +70,13 @@ def test_web_server_is_refused_as_no_redis() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer() -> None:
-            client, _ = listener.accept()
-            with client:
-                client.recv(4096)
-                client.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
-                while client.recv(4096):
-                    pass
+            for _ in range(3):  # a refusal is believed when it is repeated
+                client, _ = listener.accept()
+                with client:
+                    client.recv(4096)
+                    client.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+                    while client.recv(4096):
+                        pass
 
         thread = threading.Thread(target=answer)
         thread.start()
@@ -200,7 +201,7 @@ def test_closed_bus_says_so(bus: Bus) -> None:
         (redis.ResponseError("MISCONF Redis is configured to save RDB snapshots"), BusFull),
         (redis.ResponseError("NOAUTH Authentication required."), BusRefused),
         (redis.AuthenticationError("invalid username-password pair or user is disabled."), BusRefused),
-        (redis.ResponseError("NOPERM this user has no permissions"), BusRefused),
+        (redis.ResponseError("NOPERM this user has no permissions"), NotPermitted),
         (redis.InvalidResponse("Protocol Error: b'HTTP/1.1'"), BusRefused),
         (redis.ConnectionError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate"), BusRefused),
         (redis.ResponseError("unknown command 'XAUTOCLAIM'"), BusRefused),
@@ -225,7 +226,13 @@ def test_command_quoted_by_redis_py_is_neither_shown_nor_read() -> None:
 
 
 def test_no_client_ever_retries_by_itself() -> None:
-    for url in ("redis://somewhere", "rediss://somewhere", "unix:///somewhere"):
+    for url in (
+        "redis://somewhere",
+        "rediss://somewhere",
+        "unix:///somewhere",
+        "redis+sentinel://somewhere/hpt",
+        "rediss+sentinel://somewhere/hpt",
+    ):
         client = connect(parse_redis_url(url, environment={}), 1.0)
         connection = client.connection_pool.make_connection()
         assert connection.retry.get_retries() == 0

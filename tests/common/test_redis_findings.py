@@ -24,7 +24,7 @@ from common.errors import BusUnavailable, Fenced
 from common.messages import RunEnded
 from common.open_bus import open_bus, parse_redis_url
 from common.publisher import Publisher
-from common.redis_bus import streams_of_reply
+from common.stream_records import records_by_stream
 from common.streams import HISTORY
 from tests.faults import FaultProxy
 
@@ -236,9 +236,11 @@ def test_finding_6_redis_cli_ping_calls_a_locked_server_healthy(server_url: str)
     ],
 )
 def test_all_reply_shapes_mean_the_same(reply: object) -> None:
-    assert streams_of_reply(reply) == {b"key": [(EntryId(1, 1), {b"k": b"v"}), (EntryId(1, 2), {b"k": b"w"})]}
+    assert records_by_stream(reply) == {
+        b"key": [(EntryId(1, 1), {b"k": b"v"}), (EntryId(1, 2), {b"k": b"w"})]
+    }
 
 
 @pytest.mark.parametrize("reply", [[], {}, None])
 def test_all_shapes_of_nothing_are_empty(reply: object) -> None:
-    assert streams_of_reply(reply) == {}
+    assert records_by_stream(reply) == {}

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -27,20 +29,38 @@ SUITES = (
 )
 
 
+@pytest.fixture(scope="module")
+def suites_running() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """The bus tests of every folder, all at once: they mostly wait, for deadlines and for the server."""
+    suites = [str(ROOT / "tests" / "common" / suite) for suite in SUITES]
+    with ExitStack() as ending:
+        started: dict[str, subprocess.Popen[str]] = {}
+        for folder in FOLDERS:
+            started[folder] = subprocess.Popen(
+                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suites],
+                env=environment_with(folder), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True,
+            )  # fmt: skip
+            ending.enter_context(started[folder])
+            ending.callback(started[folder].kill)
+        yield started
+
+
+def environment_with(folder: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([folder, str(ROOT)])}
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("folder", FOLDERS or [None])
-def test_bus_works_with_this_version_of_redis_py(folder: str | None) -> None:
+def test_bus_works_with_this_version_of_redis_py(
+    folder: str | None, suites_running: dict[str, subprocess.Popen[str]]
+) -> None:
     if folder is None:
         pytest.skip("set HPT_TEST_REDIS_VERSIONS to folders made by `pip install --target`")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, str(ROOT)])}
     used = subprocess.run(
         [sys.executable, "-c", "import redis; print(redis.__file__)"],
-        env=environment, capture_output=True, text=True, check=True,
+        env=environment_with(folder), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert Path(used.stdout.strip()).is_relative_to(Path(folder).resolve())
-    suites = [str(ROOT / "tests" / "common" / suite) for suite in SUITES]
-    told = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suites],
-        env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert told.returncode == 0, told.stdout[-4000:]
+    told, _ = suites_running[folder].communicate()
+    assert suites_running[folder].returncode == 0, told[-4000:]

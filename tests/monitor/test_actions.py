@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import hmac
 import http.client
 import io
 import itertools
 import json
+import threading
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +24,18 @@ from common import messages as m
 from common.errors import UserError
 from common.log import NodeLog
 from common.streams import MONITOR
-from monitor_node.action_door import MAX_BODY_BYTES, is_empty_object, is_own_origin
-from monitor_node.actions import _MAX_WAITING, Action, ActionQueue, Operator, Token, act, read_token
+from monitor_node import action_door, actions
+from monitor_node.action_door import MAX_BODY_BYTES, MAX_WRONG_TOKENS_WAITING, is_empty_object, is_own_origin
+from monitor_node.actions import (
+    _MAX_WAITING,
+    Action,
+    ActionQueue,
+    Operator,
+    Token,
+    act,
+    is_readable_by_others,
+    read_token,
+)
 from monitor_node.enforcer import VETO_SECONDS, pause_for_operator
 from monitor_node.feed import Feed
 from monitor_node.web import PageServer
@@ -88,6 +102,12 @@ def shared() -> Iterator[Page]:
     page = Page()
     yield page
     page.server.stop()
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pause after a wrong token has tests of its own."""
+    monkeypatch.setattr(action_door, "WRONG_TOKEN_PAUSE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -214,6 +234,59 @@ def test_the_token_is_never_logged_and_refusals_are_counted(page: Page) -> None:
     assert SECRET not in f"{page.token}"
 
 
+def test_guessers_wait_a_few_at_a_time_and_the_rest_is_not_looked_at(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, leave = threading.Semaphore(0), threading.Event()
+
+    async def pause(seconds: float) -> None:
+        assert seconds == 0.5
+        entered.release()
+        while not leave.is_set():
+            await real_sleep(0.001)
+
+    real_sleep = asyncio.sleep
+    monkeypatch.setattr(action_door, "WRONG_TOKEN_PAUSE_SECONDS", 0.5)
+    monkeypatch.setattr(action_door, "asyncio", types.SimpleNamespace(sleep=pause))
+    answers: list[int] = []
+    guessers = [
+        threading.Thread(target=lambda: answers.append(page.ask("stop", token="x")))
+        for _ in range(MAX_WRONG_TOKENS_WAITING)
+    ]
+    try:
+        for guesser in guessers:
+            guesser.start()
+            assert entered.acquire(timeout=DEADLINE_SECONDS)
+        assert answers == []  # all of them wait
+        assert {page.ask("stop", token=token) for token in ("y", SECRET)} == {
+            429
+        }  # a right guess shows nothing
+    finally:
+        leave.set()
+        for guesser in guessers:
+            guesser.join(DEADLINE_SECONDS)
+    assert answers == [401] * MAX_WRONG_TOKENS_WAITING
+    assert page.queue.take() == []
+    assert page.ask("stop") == 204  # and then whoever has the token is obeyed again
+    assert page.queue.take() == [Action.STOP]
+
+
+def test_a_near_miss_and_a_far_one_are_compared_in_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the comparison that is made for it, which always sees both whole."""
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(given: bytes, secret: bytes) -> bool:
+        compared.append((given, secret))
+        return hmac.compare_digest(given, secret)
+
+    monkeypatch.setattr(actions, "hmac", types.SimpleNamespace(compare_digest=compare))
+    token, secret = Token(SECRET.encode()), SECRET.encode()
+    for header in (f"Bearer {SECRET}", f"Bearer {SECRET[:-1]}", "Bearer x", f"Basic {SECRET}", "", None):
+        token.admits(header)
+    assert [given for given, _ in compared] == [secret, secret[:-1], b"x", secret, b"", b""]
+    assert {against for _, against in compared} == {secret}
+
+
 @pytest.mark.parametrize("action", list(Action))
 def test_a_page_without_a_token_has_no_actions(action: str) -> None:
     page = Page(token=None)
@@ -258,6 +331,25 @@ def test_a_token_that_is_none_is_one_line_with_a_cure(tmp_path: Path, text: str)
         read_token(file, {})
     assert "\n" not in str(caught.value)
     assert not text or text not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "refused", "warned"),
+    [(0o600, False, False), (0o400, False, False), (0o644, False, True), (0o440, False, True),
+     (0o620, True, False), (0o602, True, False), (0o666, True, True)],
+)  # fmt: skip
+def test_a_token_file_that_others_write_is_refused_and_one_they_read_is_warned_of(
+    tmp_path: Path, mode: int, refused: bool, warned: bool
+) -> None:
+    file = tmp_path / "token"
+    file.write_text(SECRET)
+    file.chmod(mode)
+    assert is_readable_by_others(file) == warned
+    if refused:
+        with pytest.raises(UserError, match="chmod 600"):
+            read_token(file, {})
+    else:
+        assert read_token(file, {}) == Token(SECRET.encode())
 
 
 def test_a_token_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:

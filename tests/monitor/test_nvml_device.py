@@ -66,7 +66,7 @@ def named(read: VramSample, name: str) -> list[Reading]:
 
 
 def test_the_gpu_that_holds_the_trainer_is_the_one_that_is_read(bench: Bench) -> None:
-    bench.driver.gpus[0].processes = [(1, GIB)]
+    bench.driver.gpus[0].processes = [(4194001, GIB)]  # nobody here: above every process id in use
     bench.driver.gpus[1].processes = [(PID, GIB)]
     assert bench.sample().device == "GPU 1 Fake"
 

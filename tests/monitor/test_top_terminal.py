@@ -39,8 +39,8 @@ def run(server_url: str, run_id: str) -> Iterator[str]:
 
 @ON_ONE_SERVER
 def test_into_a_pipe_one_plain_screen_is_printed(run: str, server_url: str) -> None:
-    command = [sys.executable, "-m", "monitor_node", "top", "--run-id", run, "--redis", server_url]
-    environment = ENVIRONMENT | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-m", "monitor_node", "top", "--run-id", run]
+    environment = ENVIRONMENT | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8", "HPT_REDIS_URL": server_url}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE_SECONDS
     )

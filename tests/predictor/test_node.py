@@ -240,9 +240,11 @@ def test_hole_in_entry_ids_is_counted() -> None:
 
 
 def test_predictor_that_missed_the_start_rests() -> None:
-    decision, *others = Predictor(MemoryStore()).handle(observed(64, decision_point=point(4)), EntryId(3, 70))
+    decision, told = Predictor(MemoryStore()).handle(observed(64, decision_point=point(4)), EntryId(3, 70))
     assert isinstance(decision, PhaseDecision)
-    assert (decision.horizon_steps, decision.base_generation, others) == (0, 3, [])
+    assert (decision.horizon_steps, decision.base_generation) == (0, 3)
+    assert isinstance(told, Alert)
+    assert (told.kind, told.text[:10]) == ("history_gap", "69 entries")
 
 
 def test_another_feature_version_rests_and_says_so() -> None:

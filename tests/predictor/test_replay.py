@@ -13,7 +13,7 @@ from common.bus import Entry, EntryId
 from common.errors import RecordingError
 from common.messages import Alert, Message, PhaseDecision
 from common.streams import DECISIONS, HISTORY, PREDICTOR, notes_of
-from predictor_node.node import Predictor
+from predictor_node.node import PASSED_OVER, Predictor
 from predictor_node.replay import line_of, replay
 from predictor_node.state import FolderStore, MemoryStore
 from tests.predictor.scripted import Log, ScriptedTrainer, small_settings
@@ -218,3 +218,12 @@ def test_line_tells_step_phase_horizon_size_forecast_and_reason() -> None:
         assert part in line
     assert "none" in line_of(replace(proposal, forecast=None))
     assert "\n" not in line
+
+
+def test_a_predictor_that_passed_observations_over_cannot_be_reproduced_and_replay_says_why() -> None:
+    text = "4000 observations before step 80 were passed over"
+    told = Alert(node=PREDICTOR, severity="warning", kind=PASSED_OVER, text=text, step=80)
+    entry = entry_of(notes_of(PREDICTOR), EntryId(1, 10**6), told)
+    result = replay([*ENTRIES, entry], is_sealed=True)
+    assert text in result.gap
+    assert result.difference == ""

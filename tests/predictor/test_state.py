@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from common import sealed_folder
 from common.bus import EntryId
 from common.config import dump_settings
 from common.errors import CheckpointError, EnvironmentFault
@@ -138,7 +139,8 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     store.save(state_at(4), keep=3)
     manifest = tmp_path / "step-00000004.gen-1" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "predictor_schema": 99}))
+    changed = {**json.loads(manifest.read_text()), "predictor_schema": 99}
+    manifest.write_text(sealed_folder.manifest_text(changed))
     with pytest.raises(CheckpointError, match="schema 99"):
         store.load("step-00000004.gen-1")
 

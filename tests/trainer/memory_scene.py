@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,6 @@ from trainer_node.memory_report import MemoryReports
 from trainer_node.model.gpt import GPT
 from trainer_node.tasks import Task
 
-# Every order collects garbage: what was imported by now (torch above all) need not be looked at each time.
-gc.freeze()
-
 CPU = torch.device("cpu")
 SMALL_GPT = (
     "trainer.model.layers=2",
@@ -40,6 +38,13 @@ SMALL_GPT = (
     "trainer.checkpoint.every_steps=0",
     "trainer.evaluate_every_steps=1000",
 )
+
+
+@cache  # once, when the first scene begins: by then everything has been imported
+def freeze_what_is_there() -> None:
+    """Every order collects garbage: torch and the tests themselves need not be looked at each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def gpt_settings(*overrides: str) -> RunSettings:
@@ -89,6 +94,7 @@ class Scene:
     at: dict[int, Callable[[Scene], None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        freeze_what_is_there()
         self.memory = SimulatedMemory(self.budget_bytes)
         self.housekeeping = Housekeeping(self.links.emit, None)
         self.used_bytes: dict[int, int] = {}  # between two steps, after so many of them

@@ -216,7 +216,7 @@ def test_a_manifest_cannot_reach_outside_its_folder(saved: Path, tmp_path: Path)
     secret.write_text("x")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["../secret"] = {"bytes": 1, "sha256": sealed_folder.sha256_of(secret)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(sealed_folder.manifest_text(manifest))
     with pytest.raises(CheckpointError):
         sealed_folder.verify(folder)
 

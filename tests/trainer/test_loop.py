@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ def twice_bad(observation: Observation) -> PhaseDecision | None:
     return proposal(observation, drift=-3.0) if is_late else None
 
 
+@cache  # most tests compare with the same run; the weights are only read
 def plain_weights(*overrides: str) -> list[torch.Tensor]:
     """A plain training loop, written out: no phases, no bus, no observation."""
     settings = tiny_settings(*overrides).trainer

@@ -24,6 +24,7 @@ from tests.trainer.simulated_memory import SimulatedMemory, within
 from tests.trainer.tiny import ScriptedLinks, same_bits, tiny_loop, tiny_settings, weights_of
 from trainer_node import checkpoint
 from trainer_node.checkpoint import Checkpoints
+from trainer_node.fingerprint import fingerprint
 from trainer_node.housekeeping import Housekeeping
 from trainer_node.memory_orders import carry_out
 from trainer_node.node import TrainerJob, run_trainer
@@ -95,7 +96,7 @@ def test_a_checkpoint_from_before_there_were_orders_can_be_resumed(tmp_path: Pat
         "bytes": path.stat().st_size,
         "sha256": sealed_folder.sha256_of(path),
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(sealed_folder.manifest_text(manifest))
     resumed = Uncounted(gpt_settings())
     checkpoint.load(folder, resumed.loop)
     assert resumed.loop.memory.in_force == set()
@@ -113,6 +114,7 @@ def test_a_rollback_keeps_what_is_in_force_now_whatever_was_then(
 
     def back(scene: Scene) -> None:
         before = set(scene.loop.memory.in_force)
+        scene.housekeeping._checkpoints.wait()
         set_back(sealed_folder.folders(tmp_path)[0], scene.loop)
         assert scene.loop.progress.step == 16
         assert scene.loop.memory.in_force == before == set(now)
@@ -234,7 +236,7 @@ def test_the_fingerprint_of_a_checkpoint_is_that_of_its_weights(tmp_path: Path) 
     twin = Uncounted(gpt_settings("trainer.steps=18"))
     checkpoint.load(sealed_folder.folders(tmp_path)[0], twin.loop)
     weights = [p for p in twin.task.model.parameters() if p.requires_grad]
-    assert checkpoint.fingerprint(weights) == written.fingerprint
+    assert fingerprint(weights) == written.fingerprint
     assert len(found) == len(weights)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +64,23 @@ def state_of(loop: Loop) -> list[bytes]:
     return [bits(tensor) for tensor in tensors]
 
 
+@dataclass(frozen=True)
+class Ended:
+    losses: list[float]
+    weights: list[torch.Tensor]  # only read
+
+
+@cache
+def undisturbed(*overrides: str) -> Ended:
+    """The same run with memory enough."""
+    scene = Uncounted(gpt_settings(*overrides)).run()
+    return Ended(scene.losses, weights_of(scene.loop))
+
+
 # ---- in a forward or backward pass ---------------------------------------------------------------
 
 
+@cache
 def budget_for(micro_batch: int, *overrides: str) -> float:
     """Bytes that steps of 8 sequences need in such pieces, a window's end included, and a little more."""
     cut = (f"trainer.batch.sequences={micro_batch}", f"trainer.batch.accumulation={8 // micro_batch}")
@@ -257,9 +271,7 @@ def test_a_shortage_in_the_update_on_probation_goes_back_to_before_the_jump() ->
     assert scene.loop.ledger.lost_steps == 3
     assert scene.loop.memory.out_of_memory == 1
     assert scene.loop.progress.step == 30
-    assert same_bits(
-        weights_of(scene.loop), weights_of(Uncounted(gpt_settings("trainer.steps=30")).run().loop)
-    )
+    assert same_bits(weights_of(scene.loop), undisturbed("trainer.steps=30").weights)
 
 
 JUMP_PLACES = {
@@ -296,10 +308,10 @@ def test_a_jump_without_memory_fails_and_leaves_no_bit_behind(place: str, chunks
     assert scene.loop.memory.out_of_memory >= 1
     assert [a.kind for a in links.of(Alert)].count("out_of_memory") == scene.loop.memory.out_of_memory
     scene.loop.memory.halvings = 0
-    twin = Uncounted(gpt_settings("trainer.steps=30")).run()
+    twin = undisturbed("trainer.steps=30")
     np.testing.assert_allclose(scene.losses, twin.losses, rtol=1e-4)
     if scene.loop.progress.attempt == 0 and "check" not in place:
-        assert same_bits(weights_of(scene.loop), weights_of(twin.loop))
+        assert same_bits(weights_of(scene.loop), twin.weights)
 
 
 def test_a_jump_in_parts_whose_second_part_does_not_fit_is_undone_whole() -> None:
@@ -321,9 +333,7 @@ def test_a_jump_in_parts_whose_second_part_does_not_fit_is_undone_whole() -> Non
     scene.run()
     assert scene.memory.raised == 1
     assert next(o.verdict for o in links.of(Outcome) if o.base_step == 14) is Verdict.FAILED
-    assert same_bits(
-        weights_of(scene.loop), weights_of(Uncounted(gpt_settings("trainer.steps=30")).run().loop)
-    )
+    assert same_bits(weights_of(scene.loop), undisturbed("trainer.steps=30").weights)
 
 
 # ---- where directions are kept -------------------------------------------------------------------
@@ -344,7 +354,7 @@ def test_a_shortage_among_the_directions_costs_the_prediction_and_no_bit_of_trai
     assert scene.loop.memory.in_force == {MemoryAction.PREDICTION_OFF}
     assert scene.loop.ledger.applied == 0
     assert [a.kind for a in links.of(Alert)] == ["out_of_memory"]
-    assert same_bits(weights_of(scene.loop), weights_of(Uncounted(gpt_settings(PLAIN)).run().loop))
+    assert same_bits(weights_of(scene.loop), undisturbed(PLAIN).weights)
 
 
 def test_directions_lost_on_probation_take_the_jump_with_them() -> None:

@@ -19,7 +19,7 @@ from common.settings import TrainerSettings
 from predictor_node.history import History
 from tests.trainer.test_loop import proposal
 from tests.trainer.tiny import ScriptedLinks, same_bits, tiny_loop, tiny_settings, weights_of
-from trainer_node import checkpoint, node
+from trainer_node import checkpoint, node, rollback
 from trainer_node.assembly import prepare_task
 from trainer_node.checkpoint import Checkpoints
 from trainer_node.data import Batch
@@ -247,11 +247,11 @@ def test_checkpoints_that_cannot_be_used_are_not_read_at_every_step(
     """Reading one means hashing all of it."""
     read_at: list[str] = []
 
-    def damaged(folder: Path) -> None:
+    def damaged(folder: Path, _: Loop) -> None:
         read_at.append(folder.name)
         raise CheckpointError(f"{folder}: is damaged")
 
-    monkeypatch.setattr(sealed_folder, "verify", damaged)
+    monkeypatch.setattr(rollback, "read", damaged)
     done = run(tmp_path, PLAIN, "trainer.checkpoint.keep=1", is_rotten=lambda p: p >= 52)
     assert len(done.spikes()) == 1
     assert 1 <= len(read_at) <= 4  # newest and best, twice in 70 steps

@@ -1,9 +1,14 @@
+import sys
+
+import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from common.config import load_settings
 from common.errors import DataError
 from common.schedule import rate_factor
+from trainer_node import tasks
 from trainer_node.groups import parameter_groups
 from trainer_node.optim.build import build_optimizers, set_rates
 from trainer_node.step import mean_loss, train_step
@@ -71,6 +76,18 @@ def test_digits_task_learns_held_out_images(name):
     train(task, options, 120)
     assert task.accuracy(task.validation[0]).item() > 0.7
     assert mean_loss(task.model, task.loss, task.validation) < 1.0
+
+
+def test_digits_are_those_of_scikit_learn_bit_for_bit_with_and_without_its_import(monkeypatch):
+    known = load_digits()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "sklearn.datasets", None)  # importing it fails
+        read = tasks._load_digits()
+    monkeypatch.setattr(tasks, "DIGITS_FILE", "moved/elsewhere.csv.gz")
+    for images, labels in (read, tasks._load_digits()):
+        assert (images.shape, images.dtype, labels.dtype) == ((1797, 1, 8, 8), np.float32, np.int64)
+        assert images.tobytes() == (known.images / 16.0).astype(np.float32).tobytes()
+        assert labels.tobytes() == known.target.astype(np.int64).tobytes()
 
 
 def test_held_out_digits_are_in_no_training_batch():
