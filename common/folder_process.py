@@ -25,7 +25,7 @@ from typing import Any
 from common.errors import EnvironmentFault
 from common.folder_job import FolderDone, FolderJob, carry_out, job_from_json
 
-NICENESS = 10  # beside a step that needs all cores
+NICENESS = 19  # beside a step that needs all cores
 _END_SECONDS = 10.0
 
 

@@ -46,10 +46,10 @@ _BLOCK_SECONDS = 0.2
 # Between two snapshots, and the share of a core that making them may take. While somebody looks, what happens
 # is to be seen within a quarter of a second; else the whole monitor is to stay below 3 % of a core.
 # Never later than the longest, though: on a busy machine all that is made seems dear.
-_FEED_SECONDS, _FEED_SHARE, _LONGEST_FEED_SECONDS = 0.25, 0.01, 1.0
+_FEED_SECONDS, _FEED_SHARE, _LONGEST_FEED_SECONDS = 0.25, 0.01, 2.0
 _WATCHED_FEED_SECONDS, _WATCHED_FEED_SHARE, _LONGEST_WATCHED_FEED_SECONDS = 0.08, 0.12, 0.12
 _DISK_SECONDS = 1.0
-_GATHER_SECONDS = 0.2  # unwatched, what came in is read together: a read costs about 1 ms
+_GATHER_SECONDS = 0.5  # unwatched, what came in is read together: a read costs about 1 ms
 _LENGTHS_SECONDS = 5.0
 _DRAIN_SECONDS = 2.0
 
@@ -103,6 +103,7 @@ class MonitorNode:
         self._health = HealthWatch()
         self._due_seconds: dict[str, float] = {}
         self._feed_due_seconds = clock.monotonic()
+        self._viewers_before = 0
         self._away_since_seconds: float | None = None
 
     def run(self, stop: threading.Event) -> None:
@@ -147,7 +148,9 @@ class MonitorNode:
                 self._tell_changes()
             if self._is_due("disk", _DISK_SECONDS):
                 self._look_at_disk()
-        if self._clock.monotonic() >= self._feed_due_seconds:
+        has_come = self._feed.viewers > self._viewers_before
+        self._viewers_before = self._feed.viewers
+        if has_come or self._clock.monotonic() >= self._feed_due_seconds:
             self._publish_snapshot()
 
     def _read(self, block_seconds: float) -> None:

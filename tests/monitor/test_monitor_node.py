@@ -125,6 +125,18 @@ def test_the_page_follows_the_run(scene: Scene) -> None:
     assert scene.page["server"] == {"connected": True, "away_seconds": 0}
 
 
+def test_who_begins_to_look_sees_what_is_known_now(scene: Scene) -> None:
+    """While nobody looks a snapshot may be two seconds old."""
+    scene.say(fake.started("run"), fake.observation(1, 4.5))
+    scene.turn(0.3, times=3)
+    scene.say(fake.observation(2, 4.25))
+    scene.turn(times=2)
+    assert scene.page["progress"]["loss"] == 4.5
+    with scene.feed.watched():
+        scene.turn()
+        assert scene.page["progress"]["loss"] == 4.25
+
+
 def test_memory_is_sampled_at_the_interval_of_the_run(scene: Scene) -> None:
     scene.say(fake.started("run"))
     scene.turn(0.1, times=55)
