@@ -50,7 +50,9 @@ def gather(scene: Scene, *, steps: int, data_was_lost: bool, attack_notes: Seque
         undecided=undecided,
         summary=_summary(scene.run),
         steps=steps,
-        unpublished_told=bool(metric_lines(scene.run, "unpublished")),
+        unpublished_told=any(
+            line["alert_kind"] == "unpublished" for line in metric_lines(scene.run, "Alert")
+        ),
         stack_traces=list(_stack_traces(scene.log_folder)),
         attack_notes=attack_notes,
     )

@@ -170,7 +170,8 @@ def test_a_resumed_run_says_in_its_events_why_the_newest_checkpoint_was_not_take
     content[len(content) // 3] ^= 4
     path.write_bytes(content)
     run_trainer(job, threading.Event())
-    (alert,) = metric_lines(root, "checkpoint_passed_over")
+    (alert,) = metric_lines(root, "Alert")
+    assert alert["alert_kind"] == "checkpoint_passed_over"
     assert f"{newest.name}: optimizer.safetensors is damaged" in alert["text"]
 
 
