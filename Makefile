@@ -29,7 +29,7 @@ up: setup ## train a small model through all three nodes; options: make up ARGS=
 	@$(BIN)/trainer-node up $(ARGS)
 
 test: setup-dev ## run the whole test suite; a part of it: make test ARGS="-k bus"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 lint: setup-dev ## ruff (rules and format) and mypy --strict on common/
 	@$(BIN)/python -m ruff check .
