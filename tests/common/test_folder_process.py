@@ -109,13 +109,18 @@ def test_a_writer_that_cannot_be_started_is_told(buffer: int, monkeypatch: pytes
 
 
 def test_the_writer_ends_with_its_parent_but_finishes_the_job_it_has(tmp_path: Path) -> None:
-    """The parent is killed with the job in the pipe and the child stopped: no orphan, and nothing lost."""
+    """The parent is killed with the job in the pipe and the child stopped: no orphan, and nothing lost.
+
+    A stop takes effect some time after the signal; till then the child might still take the job.
+    """
     script = (
         "import os, signal, sys, threading; from pathlib import Path\n"
         "from tests.common.test_folder_process import job, child_of; from common.folder_process import *\n"
         "buffer = os.memfd_create('b'); os.write(buffer, b'0123456789'); root = Path(sys.argv[1])\n"
         "writer = FolderProcess(buffer); writer.carry_out(job(root, 1)); child = child_of(writer)\n"
-        "child.suspend(); print(child.pid, flush=True); writer.carry_out(job(root, 2))\n"
+        "from tests.faults import wait_until\n"
+        "child.suspend(); wait_until(lambda: child.status() == 'stopped')\n"
+        "print(child.pid, flush=True); writer.carry_out(job(root, 2))\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
