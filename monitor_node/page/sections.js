@@ -130,9 +130,12 @@ function drawTiles() {
   byId("counters").textContent = `${counters.proposals} proposals; decision points without a jump: ${rest.join(", ")}`;
 }
 
+const NOTHING_SHARE = 0.005; // as in verdict.py: neither good nor bad
+
 function savedTile(share) {
   if (!isKnown(share)) return tile("against plain", DASH, savedWords(share));
-  return tile("against plain", (share >= 0 ? "+" : "−") + percent(Math.abs(share)), savedWords(share), share >= 0 ? "good" : "bad");
+  const colour = Math.abs(share) < NOTHING_SHARE ? "" : share > 0 ? "good" : "bad";
+  return tile("against plain", (share >= 0 ? "+" : "−") + percent(Math.abs(share)), savedWords(share), colour);
 }
 
 const endOf = (seconds) => (isKnown(seconds) ? "until " + clock(Date.now() / 1000 + seconds).slice(0, 5) : "");
