@@ -17,11 +17,13 @@ from pathlib import Path
 import pytest
 
 from common import sealed_folder
-from common.errors import CheckpointError, DataError
+from common.config import load_settings
+from common.errors import CheckpointError, DataError, UserError
 from tests.test_architecture import PACKAGES, ROOT, imported_modules, within
+from trainer_node import run_folder, sample_run
 from trainer_node.checkpoint import load_weights
-from trainer_node.corpus import collect
-from trainer_node.tokens import load_tokenizer
+from trainer_node.corpus import Document, collect
+from trainer_node.tokens import load_tokenizer, train_tokenizer
 
 CODE_OR_BOMBS = frozenset({
     "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml", "runpy", "code",
@@ -173,3 +175,20 @@ def test_a_tokenizer_of_a_stranger_is_taken_or_refused_in_one_line(tmp_path: Pat
             load_tokenizer(file)
         assert str(error.value).isprintable()
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokens would be looked up beyond the end of the embedding."""
+    sizes = ["trainer.model.vocabulary_size=260", "trainer.model.layers=1", "trainer.model.width=16"]
+    settings = load_settings(preset="nano", overrides=[*sizes, "trainer.model.heads=1"])
+    run = run_folder.create(tmp_path, "run", settings)
+    text = Document(name="a", text=b"the cat sat on the mat and the cat sat again\n" * 50)
+    tokenizer = train_tokenizer([text], 270)
+    assert tokenizer.get_vocab_size() == 270
+    tokenizer.save(str(run.tokenizer))
+    monkeypatch.setattr(sample_run, "newest_checkpoint", lambda *_, **__: (tmp_path, []))
+    monkeypatch.setattr(sample_run, "load_weights", lambda *_: 1)
+    with pytest.raises(UserError, match=r"more tokens than the model \(260\); use the run's own"):
+        sample_run.sample_run(run.path, prompt="the cat", max_tokens=1, temperature=0.0, top_k=0, seed=0)

@@ -211,17 +211,7 @@ def _tracked_names(root: Path) -> list[str] | None:
     """Tracked files, or None where git is absent or refuses the repository."""
     # A repository may name programs: as its fsmonitor, or as the other end of a partial clone whose missing
     # objects are fetched on sight. Reading one must not run anything of it, nor use the network.
-    command = [
-        "git",
-        "-c",
-        "core.fsmonitor=false",
-        "--no-pager",
-        "-C",
-        str(root),
-        "ls-files",
-        "-z",
-        "--cached",
-    ]
+    command = ["git", "-c", "core.fsmonitor=false", "-C", str(root), "ls-files", "-z", "--cached"]
     environment = {**os.environ, "GIT_ALLOW_PROTOCOL": "", "GIT_NO_LAZY_FETCH": "1"}
     try:
         found = subprocess.run(command, capture_output=True, check=True, timeout=60, env=environment)

@@ -30,6 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from common.errors import SENSELESS
+
 MAX_BYTES = 128 << 10
 CHUNK_WEIGHTS = 1 << 16  # bounds the memory of the hidden units: 32 MiB at 64 units, with temporaries
 SCALE_FLOOR = 0.1
@@ -90,8 +92,7 @@ def read_forecaster(content: bytes, *, num_groups: int, num_differences: int) ->
         raise ValueError(f"a forecaster of {len(content)} bytes, more than {MAX_BYTES}")
     try:
         tensors = load(content)
-    # Besides its own error the library raises whatever a dtype or a shape that torch lacks runs into.
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
+    except (SafetensorError, *SENSELESS) as error:
         raise ValueError(f"not a forecaster: {type(error).__name__}") from None
     hidden_units = tensors["head"].numel() if "head" in tensors else 0
     shapes = forecaster_shapes(num_groups, num_differences, hidden_units)

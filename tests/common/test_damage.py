@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,26 +28,6 @@ from tests.faults import FaultProxy
 
 ENTRY = Entry(HISTORY, EntryId(3, 14), "Observation", bytes(range(256)), 1.5e9 + 0.25)
 TRIES = 400  # more than any law here needs at the shares given
-
-
-@pytest.fixture
-def proxy(server_url: str) -> Iterator[FaultProxy]:
-    with FaultProxy(server_url, seed=5) as between:
-        yield between
-
-
-@pytest.fixture
-def far_bus(proxy: FaultProxy, run_id: str) -> Iterator[Bus]:
-    bus = open_bus(proxy.url, run_id, environment={})
-    yield bus
-    bus.close()
-
-
-@pytest.fixture
-def near_bus(server_url: str, run_id: str) -> Iterator[Bus]:
-    bus = open_bus(server_url, run_id, environment={})
-    yield bus
-    bus.close()
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,35 +21,13 @@ from common.bus import STREAM_START, Bus, Entry, EntryId
 from common.clock import SystemClock
 from common.errors import BusUnavailable, Fenced
 from common.messages import RunEnded
-from common.open_bus import open_bus, parse_redis_url
+from common.open_bus import parse_redis_url
 from common.publisher import Publisher
 from common.stream_records import records_by_stream
 from common.streams import HISTORY
 from tests.faults import FaultProxy
 
 ROOT = Path(redis_link.__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def proxy(server_url: str) -> Iterator[FaultProxy]:
-    with FaultProxy(server_url) as between:
-        yield between
-
-
-@pytest.fixture
-def far_bus(proxy: FaultProxy, run_id: str) -> Iterator[Bus]:
-    """A bus behind the proxy."""
-    bus = open_bus(proxy.url, run_id, environment={})
-    yield bus
-    bus.close()
-
-
-@pytest.fixture
-def near_bus(server_url: str, run_id: str) -> Iterator[Bus]:
-    """The same run, straight to the server."""
-    bus = open_bus(server_url, run_id, environment={})
-    yield bus
-    bus.close()
 
 
 def entries(first: int, last: int, *, generation: int = 1) -> list[Entry]:
