@@ -10,11 +10,11 @@ from trainer_node import phases
 from trainer_node.progress import position_of
 
 if TYPE_CHECKING:
-    from trainer_node.loop import Loop
+    from trainer_node.cycle import Cycle
 
 
 def ask(
-    loop: Loop, fingerprint: str, step_seconds: float
+    loop: Cycle, fingerprint: str, step_seconds: float
 ) -> tuple[PhaseDecision | None, Verdict | None, float]:
     """The decision, the objection to it (None = it may be taken) and the seconds waited, for messages.
 

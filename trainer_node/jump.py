@@ -20,7 +20,6 @@ from common.errors import EnvironmentFault
 from common.messages import Outcome, PhaseDecision, Verdict
 from trainer_node import ledger as purposes
 from trainer_node.delta import AppliedDelta, move
-from trainer_node.fingerprint import fingerprint
 from trainer_node.out_of_memory import OutOfMemory, TornUpdate, attempt, release
 from trainer_node.parts import move_at_once, move_in_parts
 from trainer_node.snapshot import Snapshot
@@ -67,17 +66,18 @@ def _take_snapshot(tools: JumpTools) -> Snapshot | None:
     """None without room for it, on the host, the disk or the device: nothing has changed then."""
 
     def take() -> Snapshot:
-        averages = tools.basis.averages.moving_tensors()
-        return Snapshot(tools.store, tools.basis.parameters, tools.optimizers, averages)
+        extra = [*tools.basis.averages.moving_tensors(), *tools.kept_with_weights()]
+        return Snapshot(tools.store, tools.basis.parameters, tools.optimizers, extra)
 
     try:
         snapshot = attempt(take)
     except EnvironmentFault:
-        return None
+        snapshot = None
     if isinstance(snapshot, OutOfMemory):
         tools.on_out_of_memory(snapshot)
-        return None
-    return snapshot
+        snapshot = None
+    is_missing = tools.basis.split.ranks.any(snapshot is None)  # one rank without room: none jumps
+    return None if is_missing else snapshot
 
 
 def _look_and_leap(
@@ -133,7 +133,7 @@ def _jump_unguarded(
         delta = attempt(lambda: move(tools.basis, tools.deltas(decision, forecaster)))
         if isinstance(delta, OutOfMemory):
             raise TornUpdate("a jump without its guard", delta)
-        moved = fingerprint(tools.basis.parameters) != decision.base_fingerprint
+        moved = tools.basis.fingerprint() != decision.base_fingerprint
     outcome = replace(outcome, delta_norm=delta.norm, jump_seconds=jumping.seconds, chunks_applied=1)
     if not moved:
         return replace(outcome, verdict=Verdict.MALFORMED)
@@ -182,7 +182,7 @@ def fail_jump(tools: JumpTools, jump: Jump, shortage: OutOfMemory) -> Outcome:
 
     The gradients go first, since proving the restore takes a few MiB on the device.
     """
-    release(tools.basis.parameters)
+    release(tools.basis.owners)
     if jump.snapshot is None:
         raise TornUpdate("a jump without its guard", shortage)
     tools.on_out_of_memory(shortage)

@@ -26,7 +26,7 @@ from trainer_node.memory_state import MemoryState
 from trainer_node.out_of_memory import OutOfMemory, attempt, clean_up, release
 
 if TYPE_CHECKING:
-    from trainer_node.loop import Loop
+    from trainer_node.cycle import Cycle
 
 LAST_RESORTS = (MemoryAction.RECOMPUTE, MemoryAction.PREDICTION_OFF)
 
@@ -37,7 +37,7 @@ class Done:
     detail: str  # what is so now, or why it cannot be
 
 
-def carry_out(loop: Loop, action: MemoryAction, *, undo: bool) -> Done:
+def carry_out(loop: Cycle, action: MemoryAction, *, undo: bool) -> Done:
     """The loop must be calm.
 
     Where the device, the host or the disk runs full on the way, nothing is done; directions may be lost.
@@ -62,13 +62,13 @@ def carry_out(loop: Loop, action: MemoryAction, *, undo: bool) -> Done:
     return result
 
 
-def make_room(loop: Loop) -> bool:
+def make_room(loop: Cycle) -> bool:
     """The micro-batch cannot be halved any more: give up what is left, mildest first. False = nothing is."""
     left = [action for action in LAST_RESORTS if action not in loop.memory.in_force]
     return loop.is_calm and any(carry_out(loop, action, undo=False).done for action in left)
 
 
-def put_in_force(loop: Loop, memory: MemoryState) -> None:
+def put_in_force(loop: Cycle, memory: MemoryState) -> None:
     """What was in force when a checkpoint was written, in a fresh loop that is about to load it."""
     loop.memory.halvings = memory.halvings
     loop.memory.in_force = set(memory.in_force)
@@ -81,11 +81,11 @@ def put_in_force(loop: Loop, memory: MemoryState) -> None:
     loop.prediction.form(loop.memory)
 
 
-def _clean_up(loop: Loop, undo: bool) -> Done:
+def _clean_up(loop: Cycle, undo: bool) -> Done:
     return Done(False, "a clean-up cannot be undone") if undo else Done(True, "garbage and cache are gone")
 
 
-def _halve(loop: Loop, undo: bool) -> Done:
+def _halve(loop: Cycle, undo: bool) -> Done:
     memory, batch = loop.memory, loop.settings.batch
     if undo and memory.halvings == 0:
         return Done(False, f"the micro-batch is that of the settings, {batch.sequences}")
@@ -95,7 +95,7 @@ def _halve(loop: Loop, undo: bool) -> Done:
     return Done(True, f"{memory.accumulation(batch)} micro-batches of {memory.micro_batch(batch)} a step")
 
 
-def _recompute(loop: Loop, undo: bool) -> Done:
+def _recompute(loop: Cycle, undo: bool) -> Done:
     if (why := recompute.why_not(loop.task.model)) != "":
         return Done(False, why)
     if (already := _note(loop.memory, MemoryAction.RECOMPUTE, undo)) is not None:
@@ -105,7 +105,7 @@ def _recompute(loop: Loop, undo: bool) -> Done:
     return Done(True, f"{blocks} blocks {'keep their activations' if undo else 'compute them again'}")
 
 
-def _prediction_off(loop: Loop, undo: bool) -> Done:
+def _prediction_off(loop: Cycle, undo: bool) -> Done:
     if not loop.prediction.is_possible:
         return Done(False, "there is no prediction in this run")
     if undo and MemoryAction.PREDICTION_OFF in loop.memory.in_force:
@@ -118,19 +118,19 @@ def _prediction_off(loop: Loop, undo: bool) -> Done:
     return Done(True, "no directions, no snapshots, no proposals")
 
 
-def _basis_bf16(loop: Loop, undo: bool) -> Done:
+def _basis_bf16(loop: Cycle, undo: bool) -> Done:
     if loop.prediction.basis is not None and loop.settings.basis.dtype == "bf16":
         return Done(False, "the directions are in bf16 by trainer.basis.dtype")
     return _form(loop, MemoryAction.BASIS_BF16, undo)
 
 
-def _basis_host(loop: Loop, undo: bool) -> Done:
+def _basis_host(loop: Cycle, undo: bool) -> Done:
     if loop.task.device.type == "cpu" and not undo:  # it may be in force by a checkpoint from a GPU
         return Done(False, "the device is a CPU: its memory is the host's")
     return _form(loop, MemoryAction.BASIS_HOST, undo)
 
 
-def _form(loop: Loop, action: MemoryAction, undo: bool) -> Done:
+def _form(loop: Cycle, action: MemoryAction, undo: bool) -> Done:
     if loop.prediction.basis is None and not undo:
         return Done(False, "there are no directions")
     if (already := _note(loop.memory, action, undo)) is not None:
@@ -151,7 +151,7 @@ def _note(memory: MemoryState, action: MemoryAction, undo: bool) -> Done | None:
     return None
 
 
-_ACTIONS: dict[MemoryAction, Callable[[Loop, bool], Done]] = {
+_ACTIONS: dict[MemoryAction, Callable[[Cycle, bool], Done]] = {
     MemoryAction.CLEANUP: _clean_up,
     MemoryAction.BASIS_BF16: _basis_bf16,
     MemoryAction.BASIS_HOST: _basis_host,

@@ -22,16 +22,16 @@ from trainer_node.out_of_memory import OutOfMemory
 from trainer_node.snapshot import optimizer_tensors
 
 if TYPE_CHECKING:
-    from trainer_node.loop import Loop
+    from trainer_node.cycle import Cycle
 
 INTERVAL, OUT_OF_MEMORY, ORDER = "interval", "out-of-memory", "order"  # besides the phases that begin
 # Whichever comes first, so that a run of short steps is not told step by step.
 REPORT_STEPS, REPORT_SECONDS = 64, 5.0
 
-Report = Callable[["Loop", str], None]  # (loop, occasion)
+Report = Callable[["Cycle", str], None]  # (cycle, occasion)
 
 
-def no_report(loop: Loop, occasion: str) -> None:
+def no_report(loop: Cycle, occasion: str) -> None:
     """For runs that nobody watches."""
 
 
@@ -44,7 +44,7 @@ class MemoryReports:
         self._emit, self._now_seconds = emit, now_seconds
         self._next_step, self._next_seconds = 0, now_seconds() + REPORT_SECONDS
 
-    def __call__(self, loop: Loop, occasion: str) -> None:
+    def __call__(self, loop: Cycle, occasion: str) -> None:
         if occasion == INTERVAL and not self._is_due(loop.progress.step):
             return
         self._next_step = loop.progress.step + REPORT_STEPS
@@ -56,7 +56,7 @@ class MemoryReports:
         return step >= self._next_step or self._now_seconds() >= self._next_seconds
 
 
-def tell_shortage(loop: Loop, report: Report, shortage: OutOfMemory, what_was_done: str) -> None:
+def tell_shortage(loop: Cycle, report: Report, shortage: OutOfMemory, what_was_done: str) -> None:
     """Counted, alerted and reported."""
     loop.memory.out_of_memory += 1
     text = f"memory ran out ({shortage.text}): {what_was_done}"
@@ -65,7 +65,7 @@ def tell_shortage(loop: Loop, report: Report, shortage: OutOfMemory, what_was_do
     report(loop, OUT_OF_MEMORY)
 
 
-def memory_report(loop: Loop, occasion: str) -> MemoryReport:
+def memory_report(loop: Cycle, occasion: str) -> MemoryReport:
     """Begins a new interval for `peak_bytes`."""
     device, batch = loop.task.device, loop.settings.batch
     stats = _allocator(device)
@@ -92,7 +92,7 @@ def memory_report(loop: Loop, occasion: str) -> MemoryReport:
     )
 
 
-def holders(loop: Loop) -> Iterator[Holder]:
+def holders(loop: Cycle) -> Iterator[Holder]:
     """Everybody but the rest; on a CPU host memory is the device's."""
     model = loop.task.model
     parameters = list(model.parameters())

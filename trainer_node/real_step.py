@@ -13,7 +13,6 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from common.schedule import rate_factor
 from common.settings import TrainerSettings
 from trainer_node import ledger as purposes
+from trainer_node.cycle import StepTaken
 from trainer_node.data import Batch, in_pieces
 from trainer_node.featurize import StepFacts
 from trainer_node.groups import ParameterGroup
@@ -52,16 +52,6 @@ from trainer_node.step import (
 from trainer_node.tasks import Task
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepTaken:
-    tensors: StepTensors
-    rate_factor: float
-    passes: float
-    seconds: float  # for messages
-    wall_seconds: float
-    data_seconds: float  # for messages
 
 
 class RealSteps:
@@ -145,13 +135,18 @@ class RealSteps:
         """
 
         def measure() -> float:
-            size = self._memory.piece_size(self._settings.batch)
+            size = self._piece_size()
             if size is None:
                 return mean_loss(self._task.model, loss_of, batches, context=self._context)
             pieces = in_pieces(batches, size)
             return mean_loss_of_pieces(self._task.model, loss_of, pieces, context=self._context)
 
-        return self._again_smaller(measure, put_back=lambda: None, make_room=lambda: False)
+        mine = self._again_smaller(measure, put_back=lambda: None, make_room=lambda: False)
+        return self._task.split.mean_loss(mine)
+
+    def _piece_size(self) -> int | None:
+        size = self._memory.piece_size(self._settings.batch)
+        return None if size is None else self._task.split.piece_size(size)
 
     def _gradients(self, positions: range) -> Tensor:
         device = self._task.device
@@ -161,10 +156,15 @@ class RealSteps:
             with self._ledger.span(purposes.DATA) as span:
                 batches = [self._task.train.batch(position) for position in positions]
             self._data_seconds += span.seconds
-            size = self._memory.piece_size(self._settings.batch)
+            size = self._piece_size()
             pieces = equally(batches) if size is None else in_pieces(batches, size)
             return make_gradients(
-                self._task.model, self._task.loss, pieces, self._optimizers, context=self._context
+                self._task.model,
+                self._task.loss,
+                pieces,
+                self._optimizers,
+                context=self._context,
+                split=self._task.split,
             )
 
         put_back = partial(set_random_state, random, device)
@@ -174,7 +174,7 @@ class RealSteps:
         if after_backward is not None:
             after_backward()
         clip_norm = self._settings.optimizer.clip_norm
-        return update(loss, self._optimizers, self._groups, clip_norm=clip_norm)
+        return update(loss, self._optimizers, self._groups, clip_norm=clip_norm, split=self._task.split)
 
     def _again_smaller(
         self, work: Callable[[], _T], *, put_back: Callable[[], None], make_room: Callable[[], bool]

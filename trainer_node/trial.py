@@ -36,6 +36,7 @@ class JumpTools:
     probation_steps: int
     ablation_seed: int | None = None  # deltas become random directions of the same norm
     on_out_of_memory: Callable[[OutOfMemory], None] = lambda _: None  # a jump hit it and was undone
+    kept_with_weights: Callable[[], Sequence[Tensor]] = tuple  # set back with them
 
     @property
     def check_passes(self) -> float:
@@ -51,7 +52,9 @@ class JumpTools:
             deltas = linear_deltas(self.basis, coefficients_of(decision))
         if self.ablation_seed is None:
             return deltas
-        return random_deltas(deltas, key=(self.ablation_seed, decision.base_step, decision.base_attempt))
+        shards = self.basis.split.shards
+        key = (self.ablation_seed, decision.base_step, decision.base_attempt)
+        return random_deltas(deltas, key=key if shards.size == 1 else (*key, shards.rank))
 
 
 def jump_tools(
@@ -63,6 +66,7 @@ def jump_tools(
     guard_loss: Callable[[], float],
     ledger: Ledger,
     on_out_of_memory: Callable[[OutOfMemory], None],
+    kept_with_weights: Callable[[], Sequence[Tensor]] = tuple,
 ) -> JumpTools:
     return JumpTools(
         basis=basis,
@@ -74,6 +78,7 @@ def jump_tools(
         probation_steps=settings.probation_steps,
         ablation_seed=settings.seed if settings.basis.ablation == "random" else None,
         on_out_of_memory=on_out_of_memory,
+        kept_with_weights=kept_with_weights,
     )
 
 

@@ -30,7 +30,7 @@ from tests.common.message_samples import sample
 from tests.predictor.scripted import observed, outcome, point, small_settings, started
 from trainer_node.inbox import Inbox
 
-CAPACITY = 20_000  # as trainer_node.node.OUTBOX_ENTRIES
+CAPACITY = 20_000  # as trainer_node.connection.OUTBOX_ENTRIES
 TICK_SECONDS = 0.02
 FLUSH_SECONDS = 120.0
 SILENT_SECONDS = 10.0
