@@ -45,6 +45,15 @@ def load_settings(
     if preset is not None and file is not None:
         raise SettingsError("give either --preset or --config, not both")
     values = _read_toml(file) if file is not None else _read_preset(preset or "nano")
+    return _with_overrides(values, overrides)
+
+
+def settings_from_overrides(overrides: Iterable[str]) -> RunSettings:
+    """Defaults and `table.key=value` lines, of no preset. Raises SettingsError."""
+    return _with_overrides({}, overrides)
+
+
+def _with_overrides(values: dict[str, Any], overrides: Iterable[str]) -> RunSettings:
     for override in overrides:
         _apply_override(values, override)
     return parse_settings(values)

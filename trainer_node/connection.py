@@ -16,7 +16,7 @@ from common import features
 from common.bus import Bus, EntryId
 from common.clock import SystemClock
 from common.config import dump_settings
-from common.errors import Fenced
+from common.errors import EnvironmentFault, Fenced
 from common.heartbeat import Heartbeats, NodeStatus
 from common.messages import Alert, Message, Metric, RunStarted
 from common.open_bus import open_bus
@@ -32,6 +32,7 @@ from trainer_node.run_folder import RunFolder
 
 OUTBOX_ENTRIES = 20_000  # about 30 MB; at 10 steps a second, half an hour without a server
 LAST_WORDS_SECONDS = 5.0
+PREDICTOR_START_SECONDS = 60.0
 
 
 class Connection:
@@ -83,6 +84,14 @@ class Connection:
         )
         self._open.callback(self.inbox.close)
         return self.inbox
+
+    def wait_for_predictor(self) -> None:
+        """In lockstep a run should not begin without it. Raises EnvironmentFault."""
+        if self.inbox and not self.inbox.wait_for_predictor(PREDICTOR_START_SECONDS):
+            raise EnvironmentFault(
+                f"no predictor answered within {PREDICTOR_START_SECONDS:.0f} s and decision_mode is lockstep;"
+                " start `predictor-node serve`, or set trainer.decision_mode = live"
+            )
 
     def begin(
         self, cycle: Cycle, *, resumed_from: str, listeners: Sequence[Callable[[Message], None]] = ()

@@ -84,8 +84,12 @@ class Cycle:
         guard_loss: Callable[[], float],
         report: Report,
         kept_with_weights: Callable[[], Sequence[Tensor]] = tuple,
+        restores_random: bool = True,
     ) -> None:
-        """`kept_with_weights` names what else a refused jump sets back (statistics of layers)."""
+        """`kept_with_weights` names what else a refused jump sets back (statistics of layers).
+
+        Without `restores_random` torch's random state goes on over a restore: the batches do too.
+        """
         self.task, self.optimizers, self.groups, self.settings = task, optimizers, groups, settings
         self.links, self.emit, self.ledger, self.generation = links, emit, ledger, generation
         self.memory, self.guard_loss, self.report = memory, guard_loss, report
@@ -106,6 +110,7 @@ class Cycle:
             guard_loss=guard_loss,
             ledger=ledger,
             kept_with_weights=kept_with_weights,
+            restores_random=restores_random,
             on_out_of_memory=partial(self._tell, what_was_done="the jump was undone"),
         )
         self.prediction = Prediction(parts, make_tools, self._observer, settings, memory)

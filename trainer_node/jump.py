@@ -67,7 +67,13 @@ def _take_snapshot(tools: JumpTools) -> Snapshot | None:
 
     def take() -> Snapshot:
         extra = [*tools.basis.averages.moving_tensors(), *tools.kept_with_weights()]
-        return Snapshot(tools.store, tools.basis.parameters, tools.optimizers, extra)
+        return Snapshot(
+            tools.store,
+            tools.basis.parameters,
+            tools.optimizers,
+            extra,
+            with_random=tools.restores_random,
+        )
 
     try:
         snapshot = attempt(take)

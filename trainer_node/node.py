@@ -28,7 +28,6 @@ from trainer_node.checkpoint_buffer import make_buffer
 from trainer_node.connection import Connection
 from trainer_node.display import Display
 from trainer_node.housekeeping import Housekeeping
-from trainer_node.inbox import Inbox
 from trainer_node.links import DecisionSource, RecordedDecisions
 from trainer_node.loop import Loop
 from trainer_node.memory_report import MemoryReports
@@ -39,8 +38,6 @@ from trainer_node.run_folder import RunFolder, newest_checkpoint
 from trainer_node.sinks import MetricSinks
 from trainer_node.summary import build_summary, write_summary
 from trainer_node.tasks import Task
-
-PREDICTOR_START_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,16 +162,8 @@ def _begin(
         shutil.copyfile(task.tokenizer_path, job.run.tokenizer)
     open_things.callback(sinks.close)
     node.begin(loop, resumed_from=resumed_from, listeners=(sinks.put, display.put))
-    if settings.trainer.decision_mode == "lockstep" and node.inbox and settings.predictor.enabled:
-        _wait_for_predictor(node.inbox)
-
-
-def _wait_for_predictor(inbox: Inbox) -> None:
-    if not inbox.wait_for_predictor(PREDICTOR_START_SECONDS):
-        raise EnvironmentFault(
-            f"no predictor answered within {PREDICTOR_START_SECONDS:.0f} s and decision_mode is lockstep;"
-            " start `predictor-node serve`, or set trainer.decision_mode = live"
-        )
+    if settings.trainer.decision_mode == "lockstep" and settings.predictor.enabled:
+        node.wait_for_predictor()
 
 
 def _end(

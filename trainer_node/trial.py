@@ -37,6 +37,7 @@ class JumpTools:
     ablation_seed: int | None = None  # deltas become random directions of the same norm
     on_out_of_memory: Callable[[OutOfMemory], None] = lambda _: None  # a jump hit it and was undone
     kept_with_weights: Callable[[], Sequence[Tensor]] = tuple  # set back with them
+    restores_random: bool = True  # a loop whose batches go on keeps its random state too
 
     @property
     def check_passes(self) -> float:
@@ -67,6 +68,7 @@ def jump_tools(
     ledger: Ledger,
     on_out_of_memory: Callable[[OutOfMemory], None],
     kept_with_weights: Callable[[], Sequence[Tensor]] = tuple,
+    restores_random: bool = True,
 ) -> JumpTools:
     return JumpTools(
         basis=basis,
@@ -79,6 +81,7 @@ def jump_tools(
         ablation_seed=settings.seed if settings.basis.ablation == "random" else None,
         on_out_of_memory=on_out_of_memory,
         kept_with_weights=kept_with_weights,
+        restores_random=restores_random,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Protocol
 
 from common.bus import EntryId
@@ -16,7 +17,7 @@ from common.errors import EnvironmentFault
 from common.messages import Alert, Message, Order, PhaseDecision, RunStarted
 from common.streams import HISTORY, TRAINER, stream_of
 
-GROUP, NAME = "hybrid_predict_trainer.predictors", "default"
+GROUP, NAME, IN_FOLDER = "hybrid_predict_trainer.predictors", "default", "folder"
 
 
 class PredictorCore(Protocol):
@@ -25,10 +26,14 @@ class PredictorCore(Protocol):
     def handle(self, message: Message, entry_id: EntryId) -> list[Message]: ...
 
 
-def installed_predictor() -> PredictorCore:
-    """A fresh one. Raises EnvironmentFault where none is installed."""
-    for entry_point in entry_points(group=GROUP, name=NAME):
-        predictor: PredictorCore = entry_point.load()()
+def installed_predictor(folder: Path | None = None) -> PredictorCore:
+    """A fresh one, with its states in `folder`, else in memory.
+
+    Raises EnvironmentFault where none is installed.
+    """
+    for entry_point in entry_points(group=GROUP, name=IN_FOLDER if folder else NAME):
+        make = entry_point.load()
+        predictor: PredictorCore = make(folder) if folder else make()
         return predictor
     raise EnvironmentFault(
         f"no predictor is installed under {GROUP}: run `pip install -e .` (or install the package) once more"
