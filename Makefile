@@ -20,7 +20,7 @@ HASHED_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --qui
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help up test lint lock setup setup-dev clean
+.PHONY: help up test lint gpu lock setup setup-dev clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,10 @@ lint: setup-dev ## ruff (rules and format) and mypy --strict on common/
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/python -m mypy
+
+# In pieces of at most 8 minutes: exit code 3 of the script means that the same command has more to do.
+gpu: setup-dev ## with a GPU: its tests, benchmarks and race, 8 minutes at a time; to the end: make gpu ARGS=--all
+	@$(BIN)/python -m tests.gpu.evidence $(ARGS)
 
 # Without torch, whose file depends on where it is taken from (TORCH_INDEX), and what only its CUDA build needs.
 lock: setup ## write the *.lock files anew from pyproject.toml and constraints.txt; needs the network

@@ -2,7 +2,9 @@
 
 `put` assigns the id and returns; encoding, batching and retrying happen in one daemon thread.
 Order is kept whatever happens. While the server is away entries wait; above `capacity` the oldest
-droppable notes go first, then the oldest observations without a decision point, nothing else ever.
+droppable notes go first, then the oldest observations without a decision point. Decision points and
+outcomes wait within `kept_bytes`: above it the oldest decision points go, whose time is long over, and
+outcomes when no point is left. Starts, ends, checkpoints and orders are few, and never dropped.
 A dropped entry keeps its id, so readers see the gap; everything dropped is counted.
 A newer generation on the stream (Fenced) ends publishing for good: this process is the stale one.
 """
@@ -19,11 +21,12 @@ from dataclasses import dataclass
 from common import codec
 from common.bus import Entry
 from common.errors import BusError, CodecError, Fenced
-from common.messages import Message, Observation
+from common.messages import Message, Observation, Outcome
 from common.publisher import Publisher
 from common.streams import STREAMS
 
 _BATCH_ENTRIES = 100  # batch 10 -> 119 k entries/s, 100 -> 168 k (systems.md 1.6)
+KEPT_BYTES = 64 << 20  # encoded; a decision point of a usual run is 2 KiB: days of one
 _STOP_JOIN_SECONDS = 0.1  # after the deadline; the thread may sit in a dead socket, and is a daemon
 
 
@@ -33,6 +36,8 @@ class OutboxCounters:
     published: int
     dropped_notes: int
     dropped_observations: int
+    dropped_points: int  # observations at a decision point
+    dropped_outcomes: int
     unencodable: int  # refused by the codec: a mistake of ours, `last_error` says which
     retries: int  # failed tries to publish a batch
     fenced: bool
@@ -44,24 +49,34 @@ class OutboxCounters:
 class _Waiting:
     order: int  # over all streams: the order of `put`
     envelope: Entry
-    message: Message
+    message: Message | None  # None: the envelope has its body already
 
 
 class Outbox:
     """Publishes from a thread. `put`, `flush`, `close` and `counters` may be called from any thread."""
 
     def __init__(
-        self, publisher: Publisher, *, capacity: int, on_fenced: Callable[[Fenced], None] | None = None
+        self,
+        publisher: Publisher,
+        *,
+        capacity: int,
+        kept_bytes: int = KEPT_BYTES,
+        on_fenced: Callable[[Fenced], None] | None = None,
     ) -> None:
+        """`capacity` in entries, over everything; `kept_bytes` for decision points and outcomes that wait."""
         self._publisher = publisher
-        self._capacity = capacity
+        self._capacity, self._kept_bytes = capacity, kept_bytes
         self._on_fenced = on_fenced
         self._changed = threading.Condition()  # guards everything below
         self._order = itertools.count()
         # One queue per class of importance: dropping the oldest of a class costs the same at any length.
         self._kept: deque[_Waiting] = deque()
+        self._outcomes: deque[_Waiting] = deque()
+        self._points: deque[_Waiting] = deque()
+        self._waiting_bytes = 0  # of these two
         self._observations: deque[_Waiting] = deque()
         self._notes: deque[_Waiting] = deque()
+        self._queues = (self._kept, self._outcomes, self._points, self._observations, self._notes)
         self._on_the_way = 0
         self._stopped = False
         self._counters = OutboxCounters(
@@ -69,6 +84,8 @@ class Outbox:
             published=0,
             dropped_notes=0,
             dropped_observations=0,
+            dropped_points=0,
+            dropped_outcomes=0,
             unencodable=0,
             retries=0,
             fenced=False,
@@ -83,10 +100,11 @@ class Outbox:
         with self._changed:
             if self._stopped:
                 return
-            envelope = self._publisher.reserve(message)
-            self._queue_for(envelope, message).append(_Waiting(next(self._order), envelope, message))
+            self._append(self._publisher.reserve(message), message)
             if self._num_queued() > self._capacity:
                 self._drop_oldest()
+            while self._waiting_bytes > self._kept_bytes:
+                self._drop_oldest_kept()
             self._changed.notify_all()
 
     @property
@@ -121,12 +139,24 @@ class Outbox:
     def _queue_for(self, envelope: Entry, message: Message) -> deque[_Waiting]:
         if STREAMS[envelope.stream].droppable:
             return self._notes
-        if isinstance(message, Observation) and message.decision_point is None:
-            return self._observations
-        return self._kept
+        if isinstance(message, Observation):
+            return self._observations if message.decision_point is None else self._points
+        return self._outcomes if isinstance(message, Outcome) else self._kept
+
+    def _append(self, envelope: Entry, message: Message) -> None:
+        queue = self._queue_for(envelope, message)
+        waiting = _Waiting(next(self._order), envelope, message)
+        if queue is self._points or queue is self._outcomes:
+            # Encoded now, a few times a window: only then its size is known.
+            entry = self._encoded(waiting)
+            if entry is None:
+                return
+            waiting = _Waiting(waiting.order, entry, None)
+            self._waiting_bytes += len(entry.body)
+        queue.append(waiting)
 
     def _num_queued(self) -> int:
-        return len(self._kept) + len(self._observations) + len(self._notes) + self._on_the_way
+        return sum(map(len, self._queues)) + self._on_the_way
 
     def _drop_oldest(self) -> None:
         if self._notes:
@@ -136,13 +166,21 @@ class Outbox:
             self._observations.popleft()
             self._count(dropped_observations=self._counters.dropped_observations + 1)
 
+    def _drop_oldest_kept(self) -> None:
+        queue = self._points or self._outcomes
+        self._waiting_bytes -= len(queue.popleft().envelope.body)
+        if queue is self._points:
+            self._count(dropped_points=self._counters.dropped_points + 1)
+        else:
+            self._count(dropped_outcomes=self._counters.dropped_outcomes + 1)
+
     def _count(self, **changes: int | bool | str) -> None:
         self._counters = dataclasses.replace(self._counters, **changes)  # type: ignore[arg-type]
 
     def _run(self) -> None:
         try:
             while batch := self._take():
-                self._publish(self._encoded(batch))
+                self._publish(self._entries(batch))
         finally:  # also after a mistake of ours: nobody may wait for a thread that is gone
             with self._changed:
                 self._stopped = True
@@ -156,24 +194,37 @@ class Outbox:
             if self._stopped:  # what is on the way stays counted: it was not published
                 return batch
             while len(batch) < _BATCH_ENTRIES:
-                queues = [queue for queue in (self._kept, self._observations, self._notes) if queue]
+                queues = [queue for queue in self._queues if queue]
                 if not queues:
                     break
                 batch.append(min(queues, key=lambda queue: queue[0].order).popleft())
+                if batch[-1].message is None:
+                    self._waiting_bytes -= len(batch[-1].envelope.body)
             self._on_the_way = len(batch)
             return batch
 
-    def _encoded(self, batch: list[_Waiting]) -> list[Entry]:
-        entries: list[Entry] = []
+    def _entries(self, batch: list[_Waiting]) -> list[Entry]:
+        entries = []
         for waiting in batch:
-            try:
-                entries.append(dataclasses.replace(waiting.envelope, body=codec.encode(waiting.message)))
-            except CodecError as error:
+            entry = self._encoded(waiting)
+            if entry is not None:
+                entries.append(entry)
+            else:
                 with self._changed:
                     self._on_the_way -= 1
-                    self._count(unencodable=self._counters.unencodable + 1, last_error=str(error))
                     self._changed.notify_all()
         return entries
+
+    def _encoded(self, waiting: _Waiting) -> Entry | None:
+        """None, and counted, for what the codec refuses."""
+        if waiting.message is None:
+            return waiting.envelope
+        try:
+            return dataclasses.replace(waiting.envelope, body=codec.encode(waiting.message))
+        except CodecError as error:
+            with self._changed:
+                self._count(unencodable=self._counters.unencodable + 1, last_error=str(error))
+            return None
 
     def _publish(self, entries: list[Entry]) -> None:
         """Try until it works or the outbox stops."""

@@ -6,6 +6,8 @@ After it, by name, down to `final_share` at the last step:
     constant   1 (final_share is not used)
     cosine     half a cosine
     linear     a line
+    one-cycle  half a cosine, and the warm-up is one too, from 1/25: the form of Smith & Topin 2018 that
+               torch.optim.lr_scheduler.OneCycleLR has. The momentum is not cycled
     wsd        1, then a line over the last `decay_share` of all steps (Hu et al. 2024, MiniCPM;
                a line instead of their exponential: Haegele et al. 2024)
 
@@ -16,18 +18,20 @@ import math
 
 from common.settings import ScheduleSettings
 
+ONE_CYCLE_START = 1 / 25  # of the peak rate, at step 0: the default of torch, which follows fastai
+
 
 def rate_factor(step: int, total_steps: int, schedule: ScheduleSettings) -> float:
     """Share of the peak rate at `step`, counted from 0."""
     if step < schedule.warmup_steps:
-        return (step + 1) / schedule.warmup_steps
+        return _rise(step, schedule)
     if schedule.name == "constant":
         return 1.0
     start = decay_start_step(total_steps, schedule)
     # The step at `start` still has the full rate, the last one has final_share.
     progress = min(1.0, max(0, step - start) / max(1, total_steps - 1 - start))
-    if schedule.name == "cosine":
-        progress = (1.0 - math.cos(math.pi * progress)) / 2
+    if schedule.name in ("cosine", "one-cycle"):
+        progress = _half_cosine(progress)
     return 1.0 + (schedule.final_share - 1.0) * progress
 
 
@@ -38,4 +42,18 @@ def decay_start_step(total_steps: int, schedule: ScheduleSettings) -> int:
     if schedule.name == "wsd":
         decay_steps = round(schedule.decay_share * total_steps)
         return max(schedule.warmup_steps, total_steps - 1 - decay_steps)
+    if schedule.name == "one-cycle":
+        return max(0, schedule.warmup_steps - 1)  # the last step of the rise is the peak
     return schedule.warmup_steps
+
+
+def _rise(step: int, schedule: ScheduleSettings) -> float:
+    if schedule.name != "one-cycle":
+        return (step + 1) / schedule.warmup_steps
+    last = schedule.warmup_steps - 1
+    return ONE_CYCLE_START + (1.0 - ONE_CYCLE_START) * _half_cosine(step / last if last else 1.0)
+
+
+def _half_cosine(progress: float) -> float:
+    """From 0 to 1, level at both ends."""
+    return (1.0 - math.cos(math.pi * progress)) / 2

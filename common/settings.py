@@ -6,27 +6,11 @@ before anything starts, which is why the three live together. Reading and writin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+
+from common.setting import setting, table
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-
-
-def setting(
-    default: Any,
-    doc: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    """A dataclass field that knows its meaning and range (inclusive)."""
-    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
-
-
-def table(kind: type) -> Any:
-    """A nested TOML table."""
-    return field(default_factory=kind, metadata={"table": kind})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,21 +51,32 @@ class BatchSettings:
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
     name: str = setting(
-        "muon", "muon = Muon for hidden matrices, AdamW for the rest", choices=("adamw", "muon")
+        "muon",
+        "muon = Muon for hidden matrices, AdamW for the rest; which one when: docs/optimizers.md",
+        choices=("adamw", "adamw8bit", "lion", "muon", "sgd"),
     )
-    rate: float = setting(1e-2, "peak learning rate of AdamW", low=0.0, high=10.0)
+    rate: float = setting(
+        1e-2, "peak learning rate; Lion wants a tenth of AdamW's, SGD ten times as much", low=0.0, high=10.0
+    )
     muon_rate: float = setting(1e-2, "peak learning rate of Muon", low=0.0, high=10.0)
-    beta1: float = setting(0.9, "AdamW first-moment decay", low=0.0, high=0.9999)
-    beta2: float = setting(0.95, "AdamW second-moment decay", low=0.0, high=0.99999)
+    beta1: float = setting(
+        0.9, "first-moment decay; Lion: interpolation, SGD: momentum", low=0.0, high=0.9999
+    )
+    beta2: float = setting(0.95, "second-moment decay; Lion: momentum decay", low=0.0, high=0.99999)
+    nesterov: bool = setting(True, "sgd: Nesterov's form of the momentum")
     muon_momentum: float = setting(0.95, "Muon momentum", low=0.0, high=0.9999)
-    weight_decay: float = setting(0.1, "decoupled weight decay of matrices", low=0.0, high=10.0)
+    weight_decay: float = setting(0.1, "decoupled weight decay of matrices; SGD: L2", low=0.0, high=10.0)
     clip_norm: float = setting(1.0, "gradient clipping by global L2 norm; 0 = off", low=0.0, high=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSettings:
-    name: str = setting("wsd", "learning-rate schedule", choices=("constant", "cosine", "linear", "wsd"))
-    warmup_steps: int = setting(40, "linear warm-up of the rate", low=0, high=1 << 40)
+    name: str = setting(
+        "wsd", "learning-rate schedule", choices=("constant", "cosine", "linear", "one-cycle", "wsd")
+    )
+    warmup_steps: int = setting(
+        40, "rise of the rate: a line; one-cycle: half a cosine, commonly 30 % of steps", low=0, high=1 << 40
+    )
     decay_share: float = setting(0.2, "wsd: share of the steps spent decaying", low=0.0, high=1.0)
     final_share: float = setting(0.0, "rate at the last step as a share of the peak", low=0.0, high=1.0)
 
@@ -179,6 +174,17 @@ class SpikeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    kind: str = setting(
+        "none", "under torchrun: ddp = whole copies, fsdp = shards", choices=("none", "ddp", "fsdp")
+    )
+    cpu_offload: bool = setting(False, "fsdp: shards and optimizer state live in host memory")
+    compression: str = setting("none", "ddp: what gradients travel as", choices=("none", "powersgd"))
+    compression_rank: int = setting(2, "powersgd: of the matrices that travel", low=1, high=1024)
+    compression_after_steps: int = setting(1000, "powersgd: steps before it begins", low=2, high=1 << 40)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerSettings:
     task: str = setting("language", "built-in task", choices=("language", "digits", "regression"))
     steps: int = setting(1000, "real steps that are kept", low=1, high=1 << 40)
@@ -216,6 +222,7 @@ class TrainerSettings:
     verify: VerifySettings = table(VerifySettings)
     checkpoint: CheckpointSettings = table(CheckpointSettings)
     spikes: SpikeSettings = table(SpikeSettings)
+    parallel: ParallelSettings = table(ParallelSettings)
 
 
 @dataclass(frozen=True, kw_only=True)

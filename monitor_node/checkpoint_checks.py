@@ -90,6 +90,16 @@ class CheckpointChecks:
             self._thread.start()
         return self._found
 
+    def look_at_all(self, names: Sequence[str]) -> dict[str, Found]:
+        """Read every folder now, in this thread: it takes as long as the disk does."""
+        if self._root is None:
+            return {}
+        wanted = [name for name in names if _is_checkpoint(name)][:MAX_ROWS]
+        for _ in wanted:
+            self._next_read_seconds = self._now_seconds()  # each look reads one
+            self._look(self._root, wanted)
+        return self._found
+
     def _look(self, root: Path, names: Sequence[str]) -> None:
         """In the thread. A disk that cannot be read leaves what was known."""
         with suppress(OSError):

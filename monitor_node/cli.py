@@ -147,19 +147,27 @@ def record(redis_url: str | None, run_id: str, out_file: Path) -> None:
 
 @cli.command()
 @_bus_options
-def status(redis_url: str | None, run_id: str) -> None:
-    """Print what is known of a run as one JSON object; exit 1 when there is no such run.
+@click.option("--json", "is_json", is_flag=True, help="As JSON: there is no other form.")
+@click.option(
+    "--run-dir",
+    "run_folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="The run's folder: adds commit, changes and versions, and reads whether checkpoints are whole.",
+)
+def status(redis_url: str | None, run_id: str, is_json: bool, run_folder: Path | None) -> None:
+    """Print all that the page shows of a run as one JSON object; exit 1 when there is no such run.
 
     \b
-    Example:
+    Examples:
       monitor-node status --redis redis://localhost:6379 --run-id first | jq .progress
+      monitor-node status --redis redis://localhost:6379 --run-id first --run-dir runs/first
     """
     from monitor_node.serve import read_run
     from monitor_node.snapshot import as_dict
 
     clock = SystemClock()
     with contextlib.closing(_opened(redis_url, run_id)) as bus:
-        view = read_run(bus, run_id, clock)
+        view = read_run(bus, run_id, clock, run_folder=run_folder)
     click.echo(json.dumps(as_dict(view, now_seconds=clock.monotonic()), indent=2, allow_nan=False))
 
 

@@ -21,7 +21,9 @@ from __future__ import annotations
 import enum
 import math
 import statistics
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 from common.messages import Forecast, Outcome, Phase, PhaseDecision, Verdict
 from monitor_node.trend import MIN_POINTS, fit_trend, lag_one_correlation, sigmas
@@ -44,6 +46,16 @@ WARNINGS_IN_A_ROW = 3
 CALM = {"oscillation": 2, "prediction_error": 2}  # judgements without a Warning that end Critical
 CALM_STEPS = 10  # the same for what is judged at every step
 
+# Made when somebody asks: few of four findings a step are ever read.
+_WORDS = {
+    "not_finite": "loss {:g}, gradient norm {:g}",
+    "loss": "loss {:.4g} nats is {:.1f} standard deviations above its trend",
+    "gradient_high": "gradient norm {:.3g} against {:.3g} as a rule",
+    "gradient_low": "gradient norm {:.3g} against {:.3g} as a rule",
+    "oscillation": "the loss swings from step to step (lag-one correlation {:.2f})",
+    "prediction_error": "forecast {:.4g} nats, happened {:.4g}: off by {:.0%}",
+}
+
 # Verdicts after which the run is where the forecast said it would be.
 _WITHOUT_JUMP = (Verdict.REST, Verdict.VETOED)
 
@@ -59,23 +71,28 @@ class Level(enum.IntEnum):
         return self.name.lower()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Signal:
+class Signal(NamedTuple):
     kind: str
     level: Level  # with hysteresis
     value: float  # in the unit of the kind's thresholds
-    text: str  # one phrase for people
+    facts: tuple[float, ...]  # what `text` names
+
+    @property
+    def text(self) -> str:
+        """One phrase for people."""
+        return _WORDS[self.kind].format(*self.facts)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KindState:
+class KindState(NamedTuple):
     level: Level = Level.NORMAL
     warnings: int = 0  # in a row
     calm: int = 0  # judgements without a Warning since it became Critical
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Claim:
+_NORMAL = KindState()
+
+
+class Claim(NamedTuple):
     """A forecast on its way to be compared."""
 
     base_step: int
@@ -84,10 +101,9 @@ class Claim:
     spread: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DivergenceState:
-    step: int = 0
-    kinds: dict[str, KindState] = field(default_factory=dict)  # never changed in place
+class DivergenceState(NamedTuple):
+    step: int = 0  # the state is a tuple: made anew at every step, a dataclass takes four times as long
+    kinds: Mapping[str, KindState] = MappingProxyType({})
     healthy: tuple[tuple[int, float], ...] = ()  # (step, loss) of WARMUP and FULL, outliers pulled in
     norms: tuple[tuple[int, float], ...] = ()  # (step, gradient norm) of the same steps
     baseline: float = 0.0  # median of these norms; 0 = not known
@@ -106,32 +122,36 @@ Result = tuple[DivergenceState, tuple[Signal, ...]]
 
 def observed(state: DivergenceState, *, step: int, phase: Phase, loss: float, gradient_norm: float) -> Result:
     """One real step. A step number that was there before means that steps were undone."""
-    state = _rewound(state, step)
+    state = _rewound(state, step) if step <= state.step else state
+    facts = (loss, gradient_norm)
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-        text = f"loss {loss:g}, gradient norm {gradient_norm:g}"
-        return _judged(state, [("not_finite", loss, Level.CRITICAL, text)])
-    found = [("not_finite", 0.0, Level.NORMAL, "finite")]
-    state = replace(state, trail=(*state.trail[-2 * FORECAST_STEPS :], (step, loss)))
+        return _judged(state._replace(step=step), [("not_finite", loss, Level.CRITICAL, facts)])
+    found: list[_Finding] = [("not_finite", 0.0, Level.NORMAL, facts)]
+    state = state._replace(step=step, trail=(*state.trail[-2 * FORECAST_STEPS :], (step, loss)))
     is_ordinary = phase is not Phase.CORRECT  # a jump may lift the loss: the trainer's guard judges that
+    is_healthy = True
     if state.baseline > 0:
-        found += _gradient_findings(state.baseline, gradient_norm)
+        gradient = _gradient_findings(state.baseline, gradient_norm)
+        is_healthy = all(level < Level.WARNING for _, _, level, _ in gradient)
+        found += gradient
     limit = math.inf
     if is_ordinary and len(state.healthy) >= FIRST_STEPS:
         finding, limit = _loss_finding(state, loss)
         found.append(finding)
     if is_ordinary:
-        is_healthy = all(level < Level.WARNING for kind, _, level, _ in found if kind.startswith("gradient"))
         state = _remembered(state, step, min(loss, limit), gradient_norm if is_healthy else None)
         if state.swung >= SWING_STEPS // 2 and len(state.healthy) >= SWING_STEPS:
             found.append(_swing_finding(state))
-            state = replace(state, swung=0)
-    state, errors = _due_claims(state)
-    return _judged(state, found + errors)
+            state = state._replace(swung=0)
+    if state.claims:
+        state, errors = _due_claims(state)
+        found += errors
+    return _judged(state, found)
 
 
 def decided(state: DivergenceState, decision: PhaseDecision) -> DivergenceState:
     """A decision with a forecast waits for its verdict."""
-    return replace(state, decision=decision) if decision.forecast is not None else state
+    return state._replace(decision=decision) if decision.forecast is not None else state
 
 
 def settled(state: DivergenceState, outcome: Outcome, *, probation_steps: int) -> Result:
@@ -140,7 +160,7 @@ def settled(state: DivergenceState, outcome: Outcome, *, probation_steps: int) -
     if decision is None or decision.decision_id != outcome.decision_id or decision.forecast is None:
         return state, ()
     expected = _claimed_loss(decision.forecast, outcome.verdict)
-    state = replace(state, decision=None)
+    state = state._replace(decision=None)
     if expected is None:
         return state, ()
     claim = Claim(
@@ -149,7 +169,7 @@ def settled(state: DivergenceState, outcome: Outcome, *, probation_steps: int) -
         loss=expected,
         spread=decision.forecast.spread,
     )
-    state, found = _due_claims(replace(state, claims=(*state.claims[-3:], claim)))
+    state, found = _due_claims(state._replace(claims=(*state.claims[-3:], claim)))
     return _judged(state, found)
 
 
@@ -158,13 +178,12 @@ def prediction_finding(*, forecast: float, happened: float, spread: float) -> _F
     gap = abs(forecast - happened)
     share = gap / abs(happened) if happened else (math.inf if gap else 0.0)
     level = Level.NORMAL if gap <= FORECAST_SPREADS * spread else _level_of(share, RELATIVE_ERROR)
-    text = f"forecast {forecast:.4g} nats, happened {happened:.4g}: off by {share:.0%}"
     if not math.isfinite(forecast):
-        level, text = Level.WARNING, f"forecast {forecast:g} nats"
-    return "prediction_error", share, level, text
+        level = Level.WARNING
+    return "prediction_error", share, level, (forecast, happened, share)
 
 
-_Finding = tuple[str, float, Level, str]  # kind, value, level, text
+_Finding = tuple[str, float, Level, tuple[float, ...]]  # kind, value, level, facts for its words
 
 
 def _loss_finding(state: DivergenceState, loss: float) -> tuple[_Finding, float]:
@@ -172,7 +191,7 @@ def _loss_finding(state: DivergenceState, loss: float) -> tuple[_Finding, float]
     past = [value for _, value in state.healthy[-TREND_STEPS:]]
     # Noise of a loss grows with its level: compare ratios where there are ratios.
     in_ratios = loss > 0 and min(past) > 0
-    trend = fit_trend([math.log(value) for value in past] if in_ratios else past)
+    trend = fit_trend(list(map(math.log, past)) if in_ratios else past)
     floor = SPREAD_SHARE * (1.0 if in_ratios else abs(trend.level)) + 1e-12
     spread = math.hypot(max(trend.spread, floor), trend.level_error)
     # A fall is followed to its present value, not beyond: one that levels off is no alarm. A rise is
@@ -181,23 +200,21 @@ def _loss_finding(state: DivergenceState, loss: float) -> tuple[_Finding, float]
     value = sigmas(((math.log(loss) if in_ratios else loss) - level) / spread, trend.freedom)
     limit = level + LOSS_SIGMAS[1] * spread
     limit = math.exp(min(limit, 700.0)) if in_ratios else limit
-    text = f"loss {loss:.4g} nats is {value:.1f} standard deviations above its trend"
-    return ("loss", value, _level_of(value, LOSS_SIGMAS), text), limit
+    return ("loss", value, _level_of(value, LOSS_SIGMAS), (loss, value)), limit
 
 
 def _gradient_findings(baseline: float, norm: float) -> list[_Finding]:
     high, low = norm / baseline, baseline / norm if norm > 0 else math.inf
-    text = f"gradient norm {norm:.3g} against {baseline:.3g} as a rule"
+    facts = (norm, baseline)
     return [
-        ("gradient_high", high, _level_of(high, GRADIENT_HIGH), text),
-        ("gradient_low", 1 / low, _level_of(low, GRADIENT_LOW), text),
+        ("gradient_high", high, _level_of(high, GRADIENT_HIGH), facts),
+        ("gradient_low", 1 / low, _level_of(low, GRADIENT_LOW), facts),
     ]
 
 
 def _swing_finding(state: DivergenceState) -> _Finding:
     swing = -lag_one_correlation([value for _, value in state.healthy[-SWING_STEPS:]])
-    text = f"the loss swings from step to step (lag-one correlation {-swing:.2f})"
-    return "oscillation", swing, _level_of(swing, SWING), text
+    return "oscillation", swing, _level_of(swing, SWING), (-swing,)
 
 
 def _due_claims(state: DivergenceState) -> tuple[DivergenceState, list[_Finding]]:
@@ -210,7 +227,7 @@ def _due_claims(state: DivergenceState) -> tuple[DivergenceState, list[_Finding]
             spread = math.hypot(claim.spread, trend.level_error)
             found.append(prediction_finding(forecast=claim.loss, happened=trend.level, spread=spread))
     left = tuple(claim for claim in state.claims if claim.end_step > state.step)
-    return replace(state, claims=left), found
+    return state._replace(claims=left), found
 
 
 def _claimed_loss(forecast: Forecast, verdict: Verdict) -> float | None:
@@ -223,17 +240,16 @@ def _remembered(state: DivergenceState, step: int, loss: float, norm: float | No
     norms, baseline = state.norms, state.baseline
     if norm is not None:
         norms = (*norms[1 - BASELINE_STEPS :], (step, norm))
-        if len(norms) >= FIRST_STEPS and (step % BASELINE_EVERY == 0 or baseline == 0):
+        is_due = step % BASELINE_EVERY == 0 or (baseline == 0 and norm > 0)
+        if is_due and len(norms) >= FIRST_STEPS:
             baseline = statistics.median([value for _, value in norms])
     healthy = (*state.healthy[1 - SWING_STEPS :], (step, loss))
-    return replace(state, healthy=healthy, norms=norms, baseline=baseline, swung=state.swung + 1)
+    return state._replace(healthy=healthy, norms=norms, baseline=baseline, swung=state.swung + 1)
 
 
 def _rewound(state: DivergenceState, step: int) -> DivergenceState:
-    if step > state.step:
-        return replace(state, step=step)
-    return replace(
-        state,
+    """Steps from this one on were undone."""
+    return state._replace(
         step=step,
         healthy=tuple(point for point in state.healthy if point[0] < step),
         norms=tuple(point for point in state.norms if point[0] < step),
@@ -243,32 +259,37 @@ def _rewound(state: DivergenceState, step: int) -> DivergenceState:
 
 
 def _level_of(value: float, bounds: tuple[float, float, float]) -> Level:
-    return Level(sum(value > bound for bound in bounds))
+    first, second, third = bounds
+    if not value > first:  # a value that is not a number is above nothing
+        return Level.NORMAL
+    return Level.CRITICAL if value > third else Level.WARNING if value > second else Level.CAUTION
 
 
 def _judged(state: DivergenceState, found: list[_Finding]) -> Result:
     """Hysteresis, kind by kind; then whether the run as a whole became or stopped being Critical."""
-    kinds, signals = dict(state.kinds), []
-    for kind, value, level, text in found:
-        kinds[kind] = next_kind(kinds.get(kind, KindState()), kind, level)
-        signals.append(Signal(kind=kind, level=kinds[kind].level, value=value, text=text))
-    state = replace(state, kinds=kinds)
-    fresh = [signal for signal in signals if signal.level is Level.CRITICAL]
-    if state.critical is None and fresh:
-        state = replace(
-            state,
-            critical=fresh[0],
-            newest_critical=fresh[0],
-            excursions=state.excursions + 1,
-            critical_step=state.step,
-        )
+    kinds, signals, fresh = state.kinds, [], None
+    for kind, value, level, facts in found:
+        before = kinds.get(kind)
+        now = next_kind(before or _NORMAL, kind, level)
+        if now is not before:
+            kinds = {**kinds, kind: now}
+        signals.append(Signal(kind, now.level, value, facts))
+        if fresh is None and now.level is Level.CRITICAL:
+            fresh = signals[-1]
+    if kinds is not state.kinds:
+        state = state._replace(kinds=kinds)
+    if state.critical is None and fresh is not None:
+        state = state._replace(critical=fresh, newest_critical=fresh, critical_step=state.step)
+        state = state._replace(excursions=state.excursions + 1)
     elif state.critical is not None and not any(k.level is Level.CRITICAL for k in kinds.values()):
-        state = replace(state, critical=None)
+        state = state._replace(critical=None)
     return state, tuple(signals)
 
 
 def next_kind(before: KindState, kind: str, level: Level) -> KindState:
     """State x level of one judgement -> state."""
+    if level is before.level is Level.NORMAL and not before.warnings:
+        return before  # as nearly always
     warnings = before.warnings + 1 if level >= Level.WARNING else 0
     if level is Level.CRITICAL or warnings >= WARNINGS_IN_A_ROW:
         return KindState(level=Level.CRITICAL, warnings=warnings)

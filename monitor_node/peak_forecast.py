@@ -11,11 +11,12 @@ filled up say nothing; the slower of the two slopes is told.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from common.messages import MemoryReport
 
@@ -39,8 +40,12 @@ class Trend:
 
 @dataclass(frozen=True, kw_only=True)
 class PeakSeries:
-    buckets: tuple[tuple[int, int], ...] = ()  # (number of the bucket, highest need in bytes), oldest first
-    trend: Trend | None = None  # of the buckets that are full; None = not enough of them
+    buckets: tuple[tuple[int, int], ...] = ()  # (number, highest need in bytes), the newest one last
+
+    @property
+    def trend(self) -> Trend | None:
+        """Of the buckets that are full; None = not enough of them."""
+        return _trend_of(self.buckets[:-1])
 
 
 def need_bytes(used_bytes: int, report: MemoryReport | None) -> int:
@@ -56,9 +61,8 @@ def seen(series: PeakSeries, num_bytes: int, *, at_seconds: float) -> PeakSeries
     number = int(at_seconds // BUCKET_SECONDS)
     if series.buckets and series.buckets[-1][0] >= number:
         last, highest = series.buckets[-1]
-        return replace(series, buckets=(*series.buckets[:-1], (last, max(highest, num_bytes))))
-    full = series.buckets
-    return PeakSeries(buckets=(*full, (number, num_bytes))[-MAX_BUCKETS:], trend=trend_of(full))
+        return PeakSeries(buckets=(*series.buckets[:-1], (last, max(highest, num_bytes))))
+    return PeakSeries(buckets=(*series.buckets, (number, num_bytes))[-MAX_BUCKETS:])
 
 
 def next_peak_bytes(series: PeakSeries) -> int | None:
@@ -101,6 +105,9 @@ def trend_of(buckets: Sequence[tuple[int, int]]) -> Trend | None:
         bytes_per_second=slope / BUCKET_SECONDS,
         seen_seconds=(newest - buckets[0][0]) * BUCKET_SECONDS,
     )
+
+
+_trend_of = functools.lru_cache(maxsize=4)(trend_of)  # asked for at every look, new every BUCKET_SECONDS
 
 
 def _slope(buckets: Sequence[tuple[int, int]]) -> float:

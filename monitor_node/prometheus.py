@@ -152,11 +152,11 @@ def labelled(snapshot: Snapshot) -> Iterator[Metric]:
         ("hpt_stream_entries", "Entries of a stream", ("stream",), _of_streams(snapshot, "entries")),
         ("hpt_stream_lag_steps", "Steps behind the trainer", ("stream",), _of_streams(snapshot, "lag_steps")),
         ("hpt_stream_pending", "Delivered, not answered", ("stream",), _of_streams(snapshot, "pending")),
-        ("hpt_node_counter", "What a node counts", ("node", "name"), _node_counters(snapshot)),
+        ("hpt_node_count", "What a node counts", ("node", "name"), _node_counters(snapshot)),
         ("hpt_health", "Health measures of a node", ("node", "name"), _health(snapshot)),
     ):
         yield from _some(GaugeMetricFamily(name, what, labels=labels), samples)
-    for key in ("dead_letters", "fenced", "duplicates", "gaps"):
+    for key in ("dead_letters", "fenced", "duplicates", "gaps", "damaged"):
         family = CounterMetricFamily(
             f"hpt_stream_{key}", f"{key} of a stream".replace("_", " "), labels=["stream"]
         )

@@ -11,12 +11,13 @@ import random
 from collections import deque
 from collections.abc import Callable
 
-from common.bus import Bus
+from common.bus import DAMAGED, Bus, Entry
 from common.clock import Clock
 from common.errors import EnvironmentFault
 from common.follower import Follower, decoded
+from common.messages import Alert
 from common.settings import MonitorSettings
-from common.streams import STREAMS
+from common.streams import MONITOR, STREAMS
 from monitor_node.liveness import Watch
 from monitor_node.run_view import AlertRow, RunView
 
@@ -38,7 +39,12 @@ class RunReader:
         entries = self.follower.read(block_seconds if self.caught_up else 0.0)
         now_seconds, now_unix_seconds = self._clock.monotonic(), self._clock.unix()
         for entry in entries:
-            self._view.streams.read(entry.stream, entry.id.generation, entry.id.sequence)
+            is_damaged = entry.kind == DAMAGED
+            self._view.streams.read(
+                entry.stream, entry.id.generation, entry.id.sequence, is_damaged=is_damaged
+            )
+            if is_damaged:
+                self._warn_of(entry, now_unix_seconds)
         for entry, message in decoded(entries):
             # An old entry did not arrive just now: its age by the sender's clock is the best estimate.
             age_seconds = 0.0 if self.caught_up else max(0.0, now_unix_seconds - entry.sent_unix_seconds)
@@ -51,6 +57,20 @@ class RunReader:
                     self._tell(row)
         if not entries and self.follower.connected:
             self.caught_up = True
+
+    def _warn_of(self, entry: Entry, now_unix_seconds: float) -> None:
+        """At the first damaged entry of a stream and at each doubling: a bad disk must not fill the list."""
+        count = self._view.streams.counts[entry.stream].damaged
+        if count & (count - 1):
+            return
+        text = (
+            f"{entry.stream}: {count:,} damaged so far, the newest is {entry.id}; their checksums differ and"
+            " they are left out: check the memory and the disk of the server"
+        )
+        alert = Alert(node=MONITOR, severity="error", kind="damaged_entry", text=text, step=self._view.step)
+        row = AlertRow(alert=alert, at_unix_seconds=now_unix_seconds)
+        self._view.alerts.append(row)
+        self._tell(row)
 
 
 def lengths_of_run(bus: Bus, run_id: str) -> dict[str, int]:

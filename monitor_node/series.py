@@ -44,13 +44,19 @@ class Curve:
         return [point for key in sorted(self._buckets) for point in sorted(self._buckets[key])]
 
     def _put(self, point: tuple[float, ...]) -> None:
-        bucket = self._buckets.setdefault(int(point[0]) // self._width, [])
-        if point in bucket:
+        """Of points equally high the lowest place keeps its first one and the highest takes the newest."""
+        key = int(point[0]) // self._width
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            self._buckets[key] = [point]
+        elif point in bucket:
             return
-        bucket.append(point)
-        if len(bucket) > 2:
-            by_height = sorted(bucket, key=lambda p: p[1])
-            bucket[:] = [by_height[0], by_height[-1]]
+        elif len(bucket) == 1:
+            bucket.insert(0 if point[1] < bucket[0][1] else 1, point)
+        elif point[1] < bucket[0][1]:
+            bucket[0] = point
+        elif point[1] >= bucket[1][1]:
+            bucket[1] = point
 
     def _widen(self) -> None:
         points = self.points()
@@ -69,7 +75,10 @@ class Strip:
         self._buckets: dict[int, Counter[str]] = {}
 
     def add(self, x: int, label: str) -> None:
-        self._buckets.setdefault(x // self._width, Counter())[label] += 1
+        labels = self._buckets.get(x // self._width)
+        if labels is None:
+            labels = self._buckets[x // self._width] = Counter()
+        labels[label] += 1
         while len(self._buckets) > self._max_buckets:
             self._width *= 2
             old, self._buckets = self._buckets, {}

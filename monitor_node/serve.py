@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.routing import Route
+
 from common.bus import STREAM_START, Bus, EntryId
 from common.clock import Clock
 from common.errors import BusUnavailable, EnvironmentFault, HybridError, UserError
@@ -28,12 +30,16 @@ from common.publisher import Backoff, Publisher
 from common.recording_writer import RecordingWriter
 from common.streams import HISTORY, MONITOR, ORDERS, notes_of
 from monitor_node.actions import ActionQueue, Token
+from monitor_node.checkpoint_checks import CheckpointChecks
 from monitor_node.device import Device
 from monitor_node.feed import Feed
 from monitor_node.node import MonitorNode
+from monitor_node.provenance import ProvenanceReader
 from monitor_node.record import recording_beside
 from monitor_node.run_reader import RunReader, lengths_of_run, new_view
 from monitor_node.run_view import RunView
+from monitor_node.runs import RunsFolder
+from monitor_node.runs_server import RunsTable, page_routes
 from monitor_node.web import PageServer
 from monitor_node.webhook import Webhook
 
@@ -77,7 +83,8 @@ def serve(
     actions = ActionQueue() if token is not None and page is not None else None
     with contextlib.ExitStack() as opened:
         if page is not None:
-            opened.enter_context(_page(feed, page, around.log, token, actions))
+            beside = comparison_routes(record_file, around.clock)
+            opened.enter_context(_page(feed, page, around.log, token, actions, beside))
         webhook = None if webhook_url is None else Webhook(webhook_url, run_id, around.log)
         if webhook is not None:
             opened.callback(webhook.close, WEBHOOK_STOP_SECONDS)
@@ -119,8 +126,11 @@ def serve(
         around.log.event("stopped", step=node.view.step)
 
 
-def read_run(bus: Bus, run_id: str, clock: Clock) -> RunView:
-    """What the streams say now. Raises BusUnavailable, BusRefused; EnvironmentFault without such a run."""
+def read_run(bus: Bus, run_id: str, clock: Clock, *, run_folder: Path | None = None) -> RunView:
+    """What the streams say now, and the run's folder where it is given.
+
+    Raises BusUnavailable, BusRefused; EnvironmentFault without such a run.
+    """
     lengths = lengths_of_run(bus, run_id)
     view = new_view(run_id)
     reader = RunReader(bus, view, clock)
@@ -129,6 +139,9 @@ def read_run(bus: Bus, run_id: str, clock: Clock) -> RunView:
         if not reader.follower.connected:
             raise BusUnavailable(reader.follower.last_error)
     view.stream_lengths = lengths
+    names = [row.written.name for row in reversed(view.checkpoints)]
+    view.checkpoint_checks = CheckpointChecks(run_folder).look_at_all(names)
+    view.provenance = ProvenanceReader(run_folder).look()
     return view
 
 
@@ -176,11 +189,26 @@ def _next_generation(bus: Bus, recorded: Mapping[str, EntryId], stop: threading.
     return 0
 
 
+def comparison_routes(record_file: Path | None, clock: Clock) -> list[Route]:
+    """What /compare needs, of a run that lies in a runs folder: all runs beside it."""
+    if record_file is None or not (record_file.parent / "config.toml").is_file():
+        return []
+    try:
+        return page_routes(RunsTable(RunsFolder(record_file.absolute().parent.parent), clock))
+    except UserError:  # the folder has just gone
+        return []
+
+
 @contextlib.contextmanager
 def _page(
-    feed: Feed, address: PageAddress, log: NodeLog, token: Token | None, actions: ActionQueue | None
+    feed: Feed,
+    address: PageAddress,
+    log: NodeLog,
+    token: Token | None,
+    actions: ActionQueue | None,
+    more_routes: list[Route],
 ) -> Iterator[None]:
-    server = _bound(feed, address, token=token, actions=actions, log=log)
+    server = _bound(feed, address, token=token, actions=actions, log=log, more_routes=more_routes)
     server.start()
     log.event("page", url=server.url)
     try:

@@ -1,6 +1,7 @@
 """How well the streams of a run are kept, from the ids read and from what the nodes say. Pure; sends nothing.
 
     duplicates   entries read at or below an id that was read before; the server should refuse them
+    damaged      entries whose checksum says that they are not what their writer sent; left out
     gaps         holes in the numbering of one generation: entries dropped by their writer or trimmed unread
     fenced       former starts of the writer, whose writes the server refuses since a newer one began
     lag_steps    how far behind the trainer its reader is (history) or its writer is (notes)
@@ -25,6 +26,7 @@ class StreamCount:
     fenced: int = 0
     duplicates: int = 0
     gaps: int = 0
+    damaged: int = 0
 
 
 @dataclass(kw_only=True)
@@ -33,14 +35,15 @@ class StreamBook:
 
     counts: dict[str, StreamCount] = field(default_factory=dict)
 
-    def read(self, stream: str, generation: int, sequence: int) -> None:
+    def read(self, stream: str, generation: int, sequence: int, *, is_damaged: bool = False) -> None:
         """An entry with this id was read, after all that were read before."""
         if stream not in STREAMS:
             return
         count = self.counts.get(stream)
         if count is None:
-            self.counts[stream] = StreamCount(generation, sequence)
+            self.counts[stream] = StreamCount(generation, sequence, damaged=int(is_damaged))
             return
+        count.damaged += is_damaged
         if (generation, sequence) <= (count.generation, count.sequence):
             count.duplicates += 1
             return
@@ -77,5 +80,6 @@ def stream_rows(book: StreamBook, facts: StreamFacts) -> list[dict[str, Any]]:
             "fenced": count.fenced if count else None,
             "duplicates": count.duplicates if count else None,
             "gaps": count.gaps if count else None,
+            "damaged": count.damaged if count else None,
         })  # fmt: skip
     return rows

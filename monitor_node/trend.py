@@ -5,16 +5,17 @@ n values, equally spaced, oldest first. Small n is honest n: Student's t, not th
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from operator import mul
+from typing import NamedTuple
 
 MIN_POINTS = 4  # two for the line, two degrees of freedom for the spread
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trend:
+class Trend(NamedTuple):
     level: float  # of the fitted line at the newest value
     mean: float
     level_error: float  # one standard error of that level
@@ -32,10 +33,10 @@ def fit_trend(values: Sequence[float]) -> Trend:
         raise ValueError(f"{n} values do not make a trend")
     mean_x, mean = (n - 1) / 2, sum(values) / n
     square_x = n * (n * n - 1) / 12
-    slope = sum([(x - mean_x) * value for x, value in enumerate(values)]) / square_x
-    origin = mean - slope * mean_x
-    residual = sum([(value - origin - slope * x) ** 2 for x, value in enumerate(values)])
-    spread = math.sqrt(residual / (n - 2))
+    places = _centred(n)
+    slope = sum(map(mul, places, values)) / square_x
+    residuals = [value - mean - slope * x for x, value in zip(places, values, strict=True)]
+    spread = math.sqrt(sum(map(mul, residuals, residuals)) / (n - 2))
     return Trend(
         level=mean + slope * mean_x,
         mean=mean,
@@ -57,10 +58,17 @@ def lag_one_correlation(values: Sequence[float]) -> float:
     White noise about a line has mean -1/n and standard deviation 1/sqrt(n); 0 for a constant.
     """
     n = len(values)
-    mean_x, mean = (n - 1) / 2, sum(values) / n
-    slope = sum([(x - mean_x) * value for x, value in enumerate(values)]) * 12 / (n * (n * n - 1))
-    deviations = [value - mean - slope * (x - mean_x) for x, value in enumerate(values)]
+    mean = sum(values) / n
+    places = _centred(n)
+    slope = sum(map(mul, places, values)) * 12 / (n * (n * n - 1))
+    deviations = [value - mean - slope * x for x, value in zip(places, values, strict=True)]
     total = sum([d * d for d in deviations])
     if total <= n * (1e-12 * abs(mean)) ** 2:
         return 0.0
-    return sum([a * b for a, b in itertools.pairwise(deviations)]) / total
+    return float(sum([a * b for a, b in itertools.pairwise(deviations)]) / total)
+
+
+@functools.lru_cache(maxsize=128)
+def _centred(n: int) -> tuple[float, ...]:
+    """0 to n - 1 less their mean."""
+    return tuple(x - (n - 1) / 2 for x in range(n))

@@ -52,7 +52,12 @@ HEADERS = {
 
 
 def build_app(
-    feed: Feed, streams: EventStreams, door: ActionDoor, *, allowed_hosts: Sequence[str]
+    feed: Feed,
+    streams: EventStreams,
+    door: ActionDoor,
+    *,
+    allowed_hosts: Sequence[str],
+    more_routes: Sequence[Route] = (),
 ) -> ASGIApp:
     async def snapshot(request: Request) -> Response:
         return Response(as_json(feed.snapshot()), media_type="application/json")
@@ -76,6 +81,7 @@ def build_app(
         Route("/metrics", Metrics(feed).answer),
         Route("/healthz", health),
         Route("/favicon.ico", no_icon),
+        *more_routes,
         *file_routes(),
     ]
     app = Starlette(routes=routes)
@@ -177,13 +183,18 @@ class PageServer(AppServer):
         token: Token | None = None,
         actions: ActionQueue | None = None,
         log: NodeLog | None = None,
+        more_routes: Sequence[Route] = (),
     ) -> None:
-        """Without a token, or nobody to take the `actions`, the page is read-only. Raises UserError."""
+        """Without a token, or nobody to take the `actions`, the page is read-only. `more_routes`: what it
+        answers besides. Raises UserError.
+        """
         self._streams = EventStreams(feed)
         door = ActionDoor(feed, token if actions is not None else None, actions or ActionQueue(), log)
-        super().__init__(
-            lambda hosts: build_app(feed, self._streams, door, allowed_hosts=hosts), host=host, port=port
-        )
+
+        def make_app(hosts: Sequence[str]) -> ASGIApp:
+            return build_app(feed, self._streams, door, allowed_hosts=hosts, more_routes=more_routes)
+
+        super().__init__(make_app, host=host, port=port)
 
     def stop(self) -> None:
         """End all streams, then the thread."""

@@ -29,13 +29,13 @@ from common.messages import (
 from common.settings import RunSettings
 from common.streams import PREDICTOR
 from predictor_node.history import History
+from predictor_node.holes import ENTRIES, LEFT_OUT, STEPS, Holes
 from predictor_node.policies import policy_for
 from predictor_node.policy import DecisionInput, Policy, rest
 from predictor_node.state import Learned, MemoryStore, RunFacts, SavedState, StateStore, facts_of
 
 STATE_LOST = "predictor_state_lost"  # kinds of alerts
-GAP, PASSED_OVER, START_LOST = "history_gap", "history_passed_over", "run_start_lost"
-GAPS = (GAP, PASSED_OVER, START_LOST)
+START_LOST = "run_start_lost"
 NOTHING_LEARNED = Learned(history=History(), policy=None, counters={}, last_outcome_id="")
 
 
@@ -53,7 +53,8 @@ class Predictor:
         self.applied: EntryId = STREAM_START
         self.lost_entries = 0  # holes in the entry ids; not part of the state
         self.passed_over = 0  # observations that were not looked at, to catch up; not part of the state
-        self._untold = 0  # of these
+        self._passed_now = 0  # of these, since the last one that was looked at
+        self._holes = Holes()
         self.saved = STREAM_START  # last entry that is in a saved state
         self.ended: EntryId | None = None  # the newest RunEnded, until a run starts again
 
@@ -90,6 +91,7 @@ class Predictor:
         answers: list[Message] = []
         if self._is_without_start(message, entry_id):
             answers.append(self._forget_the_older_start(entry_id))
+        is_start_lost, known_holes = bool(answers), self._holes.total
         match message:
             case RunStarted():
                 answers += self.on_run_started(message)
@@ -102,16 +104,18 @@ class Predictor:
             case RunEnded():
                 self.on_run_ended(entry_id)
         lost_entries = self._advance(entry_id)
-        if lost_entries and not any(isinstance(a, Alert) and a.kind in GAPS for a in answers):
-            answers.append(_entries_lost(entry_id, lost_entries, self.last_step))
-        return answers
+        if lost_entries and not is_start_lost and self._holes.total == known_holes:
+            self._holes.add(ENTRIES, lost_entries)
+        # No sum may wait longer than a saved state: a restart behind it would not know of it.
+        is_last = isinstance(message, RunStarted | CheckpointWritten | RunEnded)
+        return [*answers, *self._holes.tell(self.last_step, entry_id, is_last=is_last)]
 
     def pass_over(self, entry_id: EntryId) -> None:
         """Take an observation as seen without looking at it; the next one that is looked at tells of it."""
         if entry_id > self.applied:
             self._advance(entry_id)
             self.passed_over += 1
-            self._untold += 1
+            self._passed_now += 1
 
     def _advance(self, entry_id: EntryId) -> int:
         """`applied` moves on; how many entries before this one never came."""
@@ -140,15 +144,16 @@ class Predictor:
             self._history = history
             return []
         answers: list[Message] = []
-        if self._untold:
-            answers.append(_passed_over(message, self._untold))
-            self._untold = 0
-        elif history.missing_steps > self._history.missing_steps:
-            answers.append(_gap(message, history.missing_steps - self._history.missing_steps))
         if self._policy is not None and self._features_fit(message):
             self._policy.observe(message, history)
         if message.decision_point is not None and message.phase is Phase.FULL:
             answers.append(self._decide(message, message.decision_point, generation, history))
+        missing_steps = history.missing_steps - self._history.missing_steps
+        if self._passed_now:
+            self._holes.add(LEFT_OUT, self._passed_now)
+            self._passed_now = 0
+        elif missing_steps:
+            self._holes.add(STEPS, missing_steps)
         self._history = history
         return answers
 
@@ -272,24 +277,3 @@ def _state_lost(message: RunStarted, error: CheckpointError) -> Alert:
         " rests for a window, and its later decisions differ from those of an unbroken run"
     )
     return _alert("warning", STATE_LOST, text, message.first_step)
-
-
-def _gap(message: Observation, missing_steps: int) -> Alert:
-    text = (
-        f"{missing_steps} steps before step {message.step} never arrived:"
-        " no proposals until a window without a hole"
-    )
-    return _alert("warning", GAP, text, message.step)
-
-
-def _passed_over(message: Observation, count: int) -> Alert:
-    text = (
-        f"{count} observations before step {message.step} were passed over to catch up with the trainer:"
-        " they teach nothing, and no proposals until a window without a hole"
-    )
-    return _alert("warning", PASSED_OVER, text, message.step)
-
-
-def _entries_lost(entry_id: EntryId, count: int, step: int) -> Alert:
-    text = f"{count} entries of the history before {entry_id} never arrived: trimmed unread or dropped"
-    return _alert("warning", GAP, text, step)

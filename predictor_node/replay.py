@@ -19,7 +19,8 @@ from common.bus import STREAM_START, Entry, EntryId
 from common.errors import CheckpointError, CodecError, HybridError, RecordingError
 from common.messages import Alert, Message, PhaseDecision, RunEnded, RunStarted
 from common.streams import DECISIONS, HISTORY, PREDICTOR, notes_of
-from predictor_node.node import PASSED_OVER, STATE_LOST, Predictor
+from predictor_node.holes import PASSED_OVER
+from predictor_node.node import STATE_LOST, Predictor
 from predictor_node.state import FolderStore, MemoryStore
 
 DecisionKey = tuple[int, str]  # (trainer generation, decision id): a resumed run reuses ids

@@ -26,7 +26,9 @@ MAX_FUNCTION_LINES = 60
 LIGHT_PACKAGES = ("common", "monitor_node")  # never torch: they start fast and fit in 120 MB
 
 # The shells of a node: they own processes, sockets and threads. All other modules are domain.
-SHELLS = frozenset({"__main__", "cli", "serve", "node", "up", "replay", "web", "inbox", "hybrid"})
+SHELLS = frozenset(
+    {"__main__", "cli", "serve", "node", "up", "replay", "web", "inbox", "hybrid", "connection", "own_nodes"}
+)
 # Whatever talks to a server. `common.bus` itself (the contract and EntryId) is open to all.
 TRANSPORT = frozenset({
     "redis", "valkey", "fakeredis", "common.redis_bus", "common.redis_link", "common.memory_bus",

@@ -28,7 +28,7 @@ SERVICES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "docker-compose.yml
 OBSERVABILITY = ("prometheus", "grafana")
 FOLDER = ROOT / "docs" / "observability"
 DASHBOARD = json.loads((FOLDER / "grafana" / "dashboards" / "run.json").read_text("utf-8"))
-STREAM_COUNTS = ("lag_steps", "pending", "dead_letters", "fenced", "duplicates", "gaps")
+STREAM_COUNTS = ("lag_steps", "pending", "dead_letters", "fenced", "duplicates", "gaps", "damaged")
 
 
 def read_yaml(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +13,18 @@ from common.errors import EnvironmentFault
 from common.messages import DIRECTIONS, Message, RunStarted
 from common.settings import RunSettings, TrainerSettings
 from trainer_node.basis import Basis
-from trainer_node.groups import parameter_groups
+from trainer_node.cycle import Cycle
+from trainer_node.groups import ParameterGroup, parameter_groups, told_groups
 from trainer_node.ledger import Ledger
 from trainer_node.links import DecisionSource
 from trainer_node.loop import Loop
 from trainer_node.memory_report import Report, no_report
-from trainer_node.optim.build import build_optimizers
+from trainer_node.optim.build import build_optimizers, check_library
 from trainer_node.out_of_memory import Picture
+from trainer_node.prediction import PredictionParts
 from trainer_node.read_out import check_read_out
 from trainer_node.snapshot import TensorStore, make_store
+from trainer_node.split import WHOLE, Split
 from trainer_node.tasks import Task, build_task
 
 
@@ -34,7 +37,12 @@ def choose_device(settings: TrainerSettings) -> torch.device:
 
 
 def prepare_task(settings: TrainerSettings) -> Task:
-    """Seed, threads, data and model. Raises DataError before anything is written into a run folder."""
+    """Seed, threads, data and model.
+
+    Raises DataError, and SettingsError for an optimizer whose library is not installed, before anything is
+    written into a run folder.
+    """
+    check_library(settings.optimizer)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
@@ -65,19 +73,7 @@ def build_loop(
     trainer = settings.trainer
     optimizers = build_optimizers(task.model, trainer.optimizer, task.device)
     groups = parameter_groups(task.model)
-    new_store = partial(make_store, trainer.checkpoint.snapshot, task.device, snapshot_folder)
-
-    def parts() -> tuple[Basis, TensorStore]:
-        basis = Basis(
-            groups,
-            optimizers,
-            trainer.basis,
-            seed=trainer.seed,
-            park=new_store(),
-            make_history_store=new_store,
-        )
-        return basis, new_store()
-
+    parts = prediction_parts(groups, optimizers, trainer, task.device, snapshot_folder, split=task.split)
     return Loop(
         task,
         optimizers,
@@ -94,8 +90,35 @@ def build_loop(
     )
 
 
+def prediction_parts(
+    groups: list[ParameterGroup],
+    optimizers: Sequence[torch.optim.Optimizer],
+    trainer: TrainerSettings,
+    device: torch.device,
+    snapshot_folder: Path | None,
+    *,
+    split: Split = WHOLE,
+) -> PredictionParts:
+    """Makes a basis and a store for snapshots, each time anew."""
+    new_store = partial(make_store, trainer.checkpoint.snapshot, device, snapshot_folder)
+
+    def parts() -> tuple[Basis, TensorStore]:
+        basis = Basis(
+            groups,
+            optimizers,
+            trainer.basis,
+            seed=trainer.seed,
+            park=new_store(),
+            make_history_store=new_store,
+            split=split,
+        )
+        return basis, new_store()
+
+    return parts
+
+
 def run_started(
-    loop: Loop, *, run_id: str, settings_toml: str, resumed_from: str, feature_version: int
+    loop: Cycle, *, run_id: str, settings_toml: str, resumed_from: str, feature_version: int
 ) -> RunStarted:
     return RunStarted(
         run_id=run_id,
@@ -104,6 +127,6 @@ def run_started(
         settings_toml=settings_toml,
         feature_version=feature_version,
         directions=DIRECTIONS,
-        groups=tuple(group.spec() for group in loop.groups),
+        groups=told_groups(loop.groups),
         first_step=loop.progress.step,
     )

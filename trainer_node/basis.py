@@ -10,7 +10,8 @@ G groups, K directions, m sampled weights per group.
 Momentum and pull-back are made when needed; the rest lives in averages.py. What "happened" is
 measured on a fixed random sample of each group (`basis.sample_size`): keeping the former basis
 in full would cost another K x weights. For a per-weight forecaster it also holds the past of all
-weights (weight_history.py). Never writes a weight: delta.py does.
+weights (weight_history.py). Where parameters are cut among ranks (split.py), it holds this rank's part and
+gives numbers of the whole. Never writes a weight: delta.py does.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from common.settings import BasisSettings
 from trainer_node.averages import Averages, make_averages
 from trainer_node.gram import GroupGram, least_squares
 from trainer_node.groups import ParameterGroup
-from trainer_node.optim.build import momentum_directions
+from trainer_node.optim.directions import momentum_directions
 from trainer_node.snapshot import MemoryStore, TensorStore
+from trainer_node.split import WHOLE, Split, local_of
 from trainer_node.weight_forecast import WeightForecaster
 from trainer_node.weight_history import WeightHistory
 from trainer_node.weight_sample import WeightSample
@@ -47,17 +49,25 @@ class Basis:
         seed: int,
         park: TensorStore | None = None,
         make_history_store: Callable[[], TensorStore] = MemoryStore,
+        split: Split = WHOLE,
     ) -> None:
-        """`park` and `make_history_store` give stores of the basis' own; else process memory is used."""
+        """`park` and `make_history_store` give stores of the basis' own; else process memory is used.
+
+        With a split, all ranks make theirs together.
+        """
         self.num_groups = len(groups)
+        self.split = split
         self._settings, self._park = settings, park
         self._optimizers = list(optimizers)
-        self.parameters: list[nn.Parameter] = [p for group in groups for p in group.parameters]
-        self._index = {p: index for index, p in enumerate(self.parameters)}
+        # `owners` are what the model has, `parameters` what this rank holds of each: the same, or its shard.
+        self.owners: list[nn.Parameter] = [p for group in groups for p in group.parameters]
+        self.parameters: list[Tensor] = [local_of(p) for p in self.owners]
+        self._index = {p: index for index, p in enumerate(self.owners)}
         self.group_of = [g for g, group in enumerate(groups) for _ in group.parameters]
         self._form = (settings.dtype, False)  # type, and whether the averages are on the host
         self.averages = self._make_averages(former=None)
-        self._sample = WeightSample(groups, settings.sample_size, seed=seed)
+        starts = split.starts_of(self.owners)
+        self._sample = WeightSample(groups, settings.sample_size, seed=seed, starts=starts)
         device = self.parameters[0].device
         self._former_GKm = torch.zeros(self.num_groups, K, settings.sample_size, device=device)
         self._has_former = torch.zeros((), dtype=torch.int64)
@@ -66,11 +76,12 @@ class Basis:
             _check_sample_fits(settings.history_sample, len(groups))
             self.history = WeightHistory(
                 self.parameters,
-                WeightSample(groups, settings.history_sample, seed=seed),
+                WeightSample(groups, settings.history_sample, seed=seed, starts=starts),
                 num_snapshots=settings.history_snapshots,
                 sample_size=settings.history_sample,
                 dtype=settings.dtype,
                 make_store=make_history_store,
+                sum_=split.shards.sum_,
             )
 
     def _make_averages(self, former: Averages | None) -> Averages:
@@ -109,15 +120,14 @@ class Basis:
         if with_momentum:
             momenta: Iterator[tuple[Tensor, Tensor]] = momentum_directions(self._optimizers)
         else:
-            momenta = ((p, p.new_zeros(()).expand_as(p)) for p in self.parameters)
+            zeros = (p.new_zeros(()).expand_as(p) for p in self.parameters)
+            momenta = zip(self.owners, zeros, strict=True)
+        averages = self.averages
         for parameter, momentum in momenta:
             index = self._index.get(parameter)
             if index is not None:
-                averages = self.averages
-                yield (
-                    index,
-                    [momentum, averages.drift(index), averages.slow_drift(index), averages.pull_back(index)],
-                )
+                window = [averages.drift(index), averages.slow_drift(index), averages.pull_back(index)]
+                yield index, [local_of(momentum), *window]
 
     @torch.no_grad()
     def close_window(self, *, window: int, fingerprint: str) -> DecisionPoint:
@@ -133,7 +143,9 @@ class Basis:
             flats = [d.reshape(-1).float() for d in directions]
             products.add(self.group_of[index], [*flats, self.parameters[index].detach().reshape(-1).float()])
             self._sample.gather(sample_GKm, index, flats)
-        products_GLL = products.result().double().cpu()  # L = K + 1: the weights are the last row
+        sum_ = self.split.shards.sum_
+        products_GLL = sum_(products.result()).double().cpu()  # L = K + 1: the weights are the last row
+        sum_(sample_GKm)
         gram_GKK = products_GLL[:, :K, :K]
         drift = DIRECTIONS.index("drift")
         happened_GK, unexplained_G = self._project(sample_GKm[:, drift])
@@ -176,14 +188,28 @@ class Basis:
             delta = forecaster.displacement(group, self.average(index), self.history.differences(index))
             yield index, delta.add_(self.averages.pull_back(index), alpha=pull_backs[group])
 
+    def gradient(self, index: int) -> Tensor | None:
+        """What this rank holds of it; None where there is none."""
+        gradient = self.owners[index].grad
+        return None if gradient is None else local_of(gradient)
+
+    def drop_gradients(self) -> None:
+        for owner in self.owners:
+            owner.grad = None
+
+    def fingerprint(self) -> str:
+        """Of all weights, wherever they are. Raises ReplicasDiffer."""
+        return self.split.fingerprint(self.parameters)
+
     def sampled(self, tensors: Sequence[Tensor]) -> Tensor:
-        """(G, m) sampled values of one tensor per parameter."""
+        """(G, m) sampled values of one tensor per parameter, this rank's part of each."""
         out_G1m = torch.zeros_like(self._former_GKm[:, :1])
         for index, tensor in enumerate(tensors):
             self._sample.gather(out_G1m, index, [tensor.detach().reshape(-1).float()])
-        return out_G1m[:, 0]
+        return self.split.shards.sum_(out_G1m)[:, 0]
 
     def sample_into(self, out_Gm: Tensor, index: int, tensor: Tensor) -> None:
+        """This rank's part: the sample is whole when `out` was summed over the shards."""
         self._sample.gather(out_Gm.unsqueeze(1), index, [tensor.reshape(-1).float()])
 
     def empty_sample(self) -> Tensor:

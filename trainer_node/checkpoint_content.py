@@ -14,7 +14,9 @@ from common.errors import CheckpointError
 from trainer_node.fingerprint import fingerprint
 from trainer_node.groups import dtype_name
 from trainer_node.loop import Loop
+from trainer_node.optim.state import check_state
 from trainer_node.snapshot import random_state
+from trainer_node.split import local_of
 from trainer_node.strict_json import without_nan
 
 STATE_VERSION = 3
@@ -24,34 +26,46 @@ Content = bytes | Mapping[str, Tensor]
 
 
 def files_of(
-    loop: Loop, housekeeping: Mapping[str, Any], read_out: Mapping[str, Tensor] | None
+    loop: Loop,
+    housekeeping: Mapping[str, Any],
+    read_out: Mapping[str, Tensor] | None,
+    random: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Content]]:
     """One after the other, so that what has to be read for one is gone before the next."""
-    optimizer_tensors, optimizer_values = optimizer_state(loop.optimizers)
+    optimizer_tensors, _ = optimizer_state(loop.optimizers)
     yield "model.safetensors", model_tensors(loop.task.model)
     yield "optimizer.safetensors", optimizer_tensors
     if loop.basis is not None:
         yield "basis.safetensors", loop.basis.tensors()
-    yield "random.safetensors", random_state(loop.task.device)
+    yield from files_beside_tensors(loop, housekeeping, random)
+    if read_out is not None:
+        yield READ_OUT, read_out
+
+
+def files_beside_tensors(
+    loop: Loop, housekeeping: Mapping[str, Any], random: Mapping[str, Tensor] | None
+) -> Iterator[tuple[str, Content]]:
+    """`random` is the random state of all ranks; None: that of this process."""
+    yield "random.safetensors", random_state(loop.task.device) if random is None else random
     state = {
         "version": STATE_VERSION,
         "generation": loop.generation,
         "parameters": parameter_table(loop.task.model),
-        "optimizer_values": optimizer_values,
+        "optimizer_values": {n: v for n, v in state_entries(loop.optimizers) if not isinstance(v, Tensor)},
         "progress": loop.progress.to_json(),
         "ledger": loop.ledger.to_json(),
         "housekeeping": dict(housekeeping),
         "memory": loop.memory.to_json(),
     }
     yield "state.json", json.dumps(without_nan(state), sort_keys=True).encode()
-    if read_out is not None:
-        yield READ_OUT, read_out
 
 
 def facts_of(loop: Loop) -> dict[str, Any]:
-    """For the manifest."""
+    """For the manifest. A collective where parameters are cut among ranks."""
     # On the host: its sums would take a few MiB of a device that may have none left.
-    weights = fingerprint(p.detach().cpu() for p in loop.task.model.parameters() if p.requires_grad)
+    held = (local_of(p).detach().cpu() for p in loop.task.model.parameters() if p.requires_grad)
+    split = loop.task.split
+    weights = split.fingerprint(held) if split.is_sharded else fingerprint(held)
     return {"step": loop.progress.step, "generation": loop.generation, "fingerprint": weights}
 
 
@@ -88,22 +102,40 @@ def optimizer_state(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[s
     """Tensors and other values of the state, by `optimizer.parameter.key`."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
-    for number, optimizer in enumerate(optimizers):
-        for index, entries in optimizer.state_dict()["state"].items():
-            for key, value in entries.items():
-                place = tensors if isinstance(value, Tensor) else values
-                place[f"{number}.{index}.{key}"] = value
+    seen: set[int] = set()
+    for name, value in state_entries(optimizers):
+        if isinstance(value, Tensor):
+            # One table of bitsandbytes serves all parameters; a file of tensors holds none twice.
+            is_shared = value.numel() > 0 and value.data_ptr() in seen
+            seen.add(value.data_ptr())
+            tensors[name] = value.detach().cpu().clone() if is_shared else value
+        else:
+            values[name] = value
     return contiguous(tensors), values
 
 
+def state_entries(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[str, Any]]:
+    """As they are kept: not by `state_dict`, in which bitsandbytes hides its 8-bit moments."""
+    for number, optimizer in enumerate(optimizers):
+        for index, parameter in enumerate(parameters_of(optimizer)):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                yield f"{number}.{index}.{key}", value
+
+
 def check_optimizer_state(tensors: Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Every tensor is a number or has the shape of its parameter. Raises ValueError, IndexError, KeyError."""
-    shapes = [[p.shape for group in o.param_groups for p in group["params"]] for o in optimizers]
+    """Every tensor has the shape that it must have. Raises ValueError, IndexError, KeyError."""
+    entries: dict[tuple[int, int], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        number, index, _ = name.split(".", 2)
-        shape = shapes[int(number)][int(index)]
-        if tensor.shape != shape and tensor.numel() != 1:
-            raise ValueError(f"optimizer state {name} is {list(tensor.shape)}, its parameter {list(shape)}")
+        number, index, key = name.split(".", 2)
+        entries.setdefault((int(number), int(index)), {})[key] = tensor
+    parameters = [parameters_of(optimizer) for optimizer in optimizers]
+    for (number, index), found in entries.items():
+        check_state(parameters[number][index], found)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """In the order of `state_dict`'s indices."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def load_optimizers(

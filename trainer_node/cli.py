@@ -60,6 +60,17 @@ def _settings_options(command: Any) -> Any:
     return command
 
 
+_dry_run = click.option(
+    "--dry-run", is_flag=True, help="Print what the run would hold and say, in bytes; run nothing."
+)
+
+
+def _show_plan(settings: RunSettings) -> None:
+    from trainer_node.dry_run import plan_lines
+
+    click.echo("\n".join(plan_lines(settings)))
+
+
 def _resolve(
     preset: str | None, config_file: Path | None, data: str | None, steps: int | None, seed: int | None,
     overrides: tuple[str, ...],
@@ -91,9 +102,10 @@ def _run_id(run_id: str | None, preset: str | None, config_file: Path | None) ->
 
 @cli.command()
 @_settings_options
+@_dry_run
 def up(
     preset: str | None, config_file: Path | None, data: str | None, steps: int | None, seed: int | None,
-    run_id: str | None, runs_dir: Path, overrides: tuple[str, ...],
+    run_id: str | None, runs_dir: Path, overrides: tuple[str, ...], dry_run: bool,
 ) -> None:  # fmt: skip
     """Run everything: private server, predictor, monitor with a live page, trainer.
 
@@ -104,8 +116,11 @@ def up(
       trainer-node up --data book.txt --steps 500 --set trainer.optimizer.rate=0.002
       trainer-node up --set predictor.enabled=false     plain training, observed
       trainer-node up --set monitor.device=fake:demo    see the memory guard at work without a GPU
+      trainer-node up --preset gpt2-small --dry-run     what it would hold, on any machine
     """
     settings = _resolve(preset, config_file, data, steps, seed, overrides)
+    if dry_run:
+        return _show_plan(settings)
     from trainer_node.up import start_run
 
     raise click.exceptions.Exit(
@@ -121,11 +136,12 @@ def up(
     help="Repeat the decisions of this recording; no predictor is needed.",
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint if there is one.")
+@_dry_run
 @click.option("--stop-with-parent", is_flag=True, hidden=True)
 def train(
     redis_url: str | None, preset: str | None, config_file: Path | None, data: str | None, steps: int | None,
     seed: int | None, run_id: str | None, runs_dir: Path, overrides: tuple[str, ...],
-    decisions_file: Path | None, resume: bool, stop_with_parent: bool,
+    decisions_file: Path | None, resume: bool, dry_run: bool, stop_with_parent: bool,
 ) -> None:  # fmt: skip
     """Run the trainer alone, on a server that is there already.
 
@@ -136,6 +152,8 @@ def train(
     """
     _share_cores_politely()
     settings = _resolve(preset, config_file, data, steps, seed, overrides)
+    if dry_run:
+        return _show_plan(settings)
     chosen_id = _run_id(run_id, preset, config_file)
     stop = threading.Event()
     stop_on_signals(stop)

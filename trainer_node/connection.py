@@ -148,6 +148,8 @@ class Connection:
             ("outbox_queued", outbox.queued, "entries"),
             ("outbox_dropped_observations", outbox.dropped_observations, "entries"),
             ("outbox_dropped_notes", outbox.dropped_notes, "entries"),
+            ("outbox_dropped_points", outbox.dropped_points, "entries"),
+            ("outbox_dropped_outcomes", outbox.dropped_outcomes, "entries"),
             ("late_decisions", self.late, "decisions"),
         )
         metrics = tuple(Metric(name=name, value=value, unit=unit) for name, value, unit in counts)

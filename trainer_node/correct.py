@@ -75,10 +75,10 @@ def slope_along(basis: Basis, before: TensorStore) -> float:
     """
     total = torch.zeros((), dtype=torch.float32, device=basis.parameters[0].device)
     for index, delta in _deltas(basis, before):
-        gradient = basis.parameters[index].grad
+        gradient = basis.gradient(index)
         if gradient is not None:
             total += torch.dot(gradient.reshape(-1).float(), delta.reshape(-1).float())
-    return float(total)
+    return float(basis.split.shards.sum_(total))
 
 
 @torch.no_grad()

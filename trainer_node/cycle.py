@@ -30,6 +30,7 @@ from trainer_node.groups import ParameterGroup
 from trainer_node.jump import abort_jump, fail_jump, finish_jump, start_jump
 from trainer_node.ledger import Ledger
 from trainer_node.links import DecisionSource
+from trainer_node.memory_orders import begin_prediction
 from trainer_node.memory_report import INTERVAL, Report, tell_shortage
 from trainer_node.memory_state import MemoryState
 from trainer_node.observer import Observer
@@ -115,7 +116,7 @@ class Cycle:
         )
         self.prediction = Prediction(parts, make_tools, self._observer, settings, memory)
         if self.prediction.is_possible:
-            self.prediction.renew(self.progress.phase)
+            begin_prediction(self)
 
     # ---- around a real step ------------------------------------------------------------------
 

@@ -93,6 +93,8 @@ def move(basis: Basis, deltas: Iterable[tuple[int, Tensor]]) -> AppliedDelta:
         basis.averages.shift(index, delta)
         basis.sample_into(sample_Gm, index, delta)
         square += delta.float().square().sum()
+    for part in (square, sample_Gm):
+        basis.split.shards.sum_(part)
     return AppliedDelta(
         norm=float(square.sqrt()), sample_Gm=sample_Gm, weights_Gm=basis.sampled(basis.parameters)
     )
@@ -105,8 +107,7 @@ def equal_parts(basis: Basis, deltas: Iterable[tuple[int, Tensor]], count: int) 
     It takes the place of the gradients of the last step, which nothing needs any more: directions that
     are made anew after the first part would be others, since the averages have moved.
     """
-    for parameter in basis.parameters:
-        parameter.grad = None
+    basis.drop_gradients()
     return [(index, delta.div_(count)) for index, delta in deltas]
 
 

@@ -6,6 +6,8 @@ tied ones appear once. Decides nothing about learning rates: that is optim/build
 """
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,8 @@ _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("conv", re.compile(r"conv")),
 )
 _BLOCK_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+# About 107 bytes each with long names, and a message has 256 KiB (common/codec.py).
+MAX_TOLD_TENSORS = 1500
 _THIRDS = ("early", "middle", "late")
 
 
@@ -53,6 +57,26 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
         ParameterGroup(group, tuple(n for n, _ in items), tuple(p for _, p in items))
         for group, items in members.items()
     ]
+
+
+def told_groups(groups: Sequence[ParameterGroup]) -> tuple[GroupSpec, ...]:
+    """For RunStarted. Of a model of very many tensors, one entry for all of a group that share a dtype."""
+    if sum(len(group.parameters) for group in groups) <= MAX_TOLD_TENSORS:
+        return tuple(group.spec() for group in groups)
+    return tuple(_in_short(group) for group in groups)
+
+
+def _in_short(group: ParameterGroup) -> GroupSpec:
+    weights: Counter[str] = Counter()
+    tensors: Counter[str] = Counter()
+    for parameter in group.parameters:
+        weights[dtype_name(parameter.dtype)] += parameter.numel()
+        tensors[dtype_name(parameter.dtype)] += 1
+    told = [
+        ParameterSpec(name=f"{tensors[dtype]} tensors", shape=(count,), dtype=dtype)
+        for dtype, count in weights.items()
+    ]
+    return GroupSpec(name=group.name, parameters=tuple(told))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

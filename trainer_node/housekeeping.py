@@ -28,7 +28,6 @@ from common.messages import (
 from common.sealed_folder import folder_name
 from common.streams import TRAINER
 from trainer_node import ledger as purposes
-from trainer_node.checkpoint import Checkpoints
 from trainer_node.checkpoint_clock import FIRST_STEPS, CheckpointClock, interval_steps
 from trainer_node.ledger import Ledger
 from trainer_node.loop import Loop
@@ -39,6 +38,7 @@ from trainer_node.output_entropy import OutputEntropy, measure_output
 from trainer_node.progress import full_step_seconds
 from trainer_node.read_out import copy_of_parameters, put_parameters, weights_that_count
 from trainer_node.rollback import SpikeWatch
+from trainer_node.shared_checkpoints import AnyCheckpoints
 from trainer_node.spikes import CHECK_STEPS
 from trainer_node.step import autocast
 
@@ -48,7 +48,7 @@ LOST_STEPS = 8  # successive non-finite losses; a single one may pass
 
 
 class Housekeeping:
-    def __init__(self, emit: Callable[[Message], None], checkpoints: Checkpoints | None) -> None:
+    def __init__(self, emit: Callable[[Message], None], checkpoints: AnyCheckpoints | None) -> None:
         self._emit, self._checkpoints = emit, checkpoints
         self._told_lost = False
         self._next_evaluation_step = 0
@@ -105,7 +105,8 @@ class Housekeeping:
             return settings.checkpoint.every_steps or settings.steps
         if cost_seconds is None:
             return settings.checkpoint.every_steps or FIRST_STEPS
-        return interval_steps(cost_seconds, 3600.0 * hours, step_seconds=full_step_seconds(loop.progress))
+        steps = interval_steps(cost_seconds, 3600.0 * hours, step_seconds=full_step_seconds(loop.progress))
+        return int(loop.task.split.ranks.broadcast(str(steps).encode()))  # each has clocks of its own
 
     def end(self, loop: Loop, *, emergency: bool) -> None:
         """The last held-out loss (unless in a hurry) and the last checkpoint; the model keeps what counts."""
@@ -146,9 +147,7 @@ class Housekeeping:
             batches = list(task.validation)
             context = partial(autocast, task.device, loop.settings.precision)
             loss = loop.mean_loss(task.loss, batches)
-            accuracy = None
-            if task.accuracy is not None:
-                accuracy = loop.mean_loss(task.accuracy, batches)
+            accuracy = loop.mean_loss(task.accuracy, batches) if task.accuracy is not None else None
             output = measure_output(
                 task,
                 batches[0],

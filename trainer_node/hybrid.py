@@ -36,7 +36,7 @@ from trainer_node.held_batches import HeldBatches, LossOf
 from trainer_node.ledger import Ledger
 from trainer_node.memory_state import MemoryState
 from trainer_node.own_loop import OwnLoop, plain_step
-from trainer_node.own_model import check_own, own_task, statistics_of_layers, trained_groups
+from trainer_node.own_model import check_own, own_task, statistics_of_layers, trained_groups, unwrapped
 from trainer_node.own_nodes import OwnNodes, nodes_for, own_settings
 from trainer_node.own_state import read_state, state_of
 from trainer_node.own_steps import OwnSteps
@@ -74,7 +74,8 @@ class Hybrid:
 
         Raises UserError for a mistake, before anything is written; BusError where no server answers.
         """
-        optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        optimizers = [unwrapped(one) for one in given]
         check_own(model, optimizers, steps)
         self._nodes: OwnNodes | None = None
         self.loop: OwnLoop | None = None
@@ -153,10 +154,15 @@ class Hybrid:
             return
         self._begin()
         if hold is not None:
-            self._guard.offer(hold)
+            self.hold(hold)
         self.loop.before_step()
         yield
         self._between_steps()
+
+    def hold(self, loss_of: LossOf) -> None:
+        """A batch to judge jumps with, where it is known only inside the step. Kept if there are too few."""
+        if self.loop is not None:
+            self._guard.offer(loss_of)
 
     def after_step(self, loss: Tensor) -> bool:
         """The step is taken; `loss` () is its mean loss. Waits for no device.
@@ -223,6 +229,11 @@ class Hybrid:
         return self.loop is not None and self.loop.is_checkpoint_wanted
 
     # ---- saving and leaving ------------------------------------------------------------------
+
+    def judge(self) -> None:
+        """Between two steps, before an evaluation: a jump on probation is judged now."""
+        if self.loop is not None and self._has_begun:
+            self.loop.judge()
 
     def rest(self) -> None:
         """To a state that may be saved: a jump on probation is judged now, so weights may be restored."""

@@ -78,6 +78,8 @@ class Inbox:
         self._is_waiting = False  # in lockstep, without a deadline
         self._retention = Retention()
         self._trim_at_seconds = clock.monotonic() + CHECK_SECONDS
+        self._losses = 0  # times that the whole history was gone
+        self._newest_known = bus.last_id(HISTORY)  # at the last look for that
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="inbox", daemon=True)
         self._thread.start()
@@ -127,8 +129,8 @@ class Inbox:
 
     @property
     def resets(self) -> int:
-        """Times the server was found to have lost its data."""
-        return self._follower.resets
+        """Times the server was found to have lost its data; one loss may count twice."""
+        return self._follower.resets + self._losses
 
     def close(self) -> None:
         self._closed = True
@@ -144,7 +146,10 @@ class Inbox:
                 self._take(entry.stream, message)
             if self._clock.monotonic() >= self._trim_at_seconds:
                 self._trim_at_seconds = self._clock.monotonic() + CHECK_SECONDS
+                self._look_for_a_loss()
                 self._trim()
+            elif self._newest_known == STREAM_START:
+                self._look_for_a_loss()  # until the run has begun
             if self._is_waiting:
                 self._look_for_the_question()
 
@@ -180,6 +185,15 @@ class Inbox:
             if len(self._decisions) > MAX_DECISIONS:
                 del self._decisions[max(self._decisions)]
                 self.stale += 1
+
+    def _look_for_a_loss(self) -> None:
+        """A server that is emptied keeps its connections, and ids go on: all that was there is gone."""
+        with contextlib.suppress(BusError):
+            newest = self._bus.last_id(HISTORY)  # first: emptied in between is seen twice, not never
+            oldest = self._bus.read_after({HISTORY: STREAM_START}, max_count=1, block_seconds=0)
+            if self._newest_known > STREAM_START and (not oldest or oldest[0].id > self._newest_known):
+                self._losses += 1
+            self._newest_known = newest
 
     def _trim(self) -> None:
         """Drop history that everybody has saved. A server that is away is trimmed another time."""

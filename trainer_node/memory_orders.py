@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING
 from common.errors import EnvironmentFault
 from common.messages import MemoryAction
 from trainer_node import recompute
+from trainer_node.memory_report import tell_shortage
 from trainer_node.memory_state import MemoryState
 from trainer_node.out_of_memory import OutOfMemory, attempt, clean_up, release
+from trainer_node.ranks import are_several
 
 if TYPE_CHECKING:
     from trainer_node.cycle import Cycle
@@ -46,6 +48,8 @@ def carry_out(loop: Cycle, action: MemoryAction, *, undo: bool) -> Done:
     try:
         result = attempt(lambda: _ACTIONS[action](loop, undo))
     except EnvironmentFault as error:  # a store of directions or snapshots
+        if are_several():
+            raise  # this rank alone would be in another form
         result = OutOfMemory(str(error))
     if isinstance(result, OutOfMemory):
         release(loop.task.model.parameters())
@@ -60,6 +64,18 @@ def carry_out(loop: Cycle, action: MemoryAction, *, undo: bool) -> Done:
     if result.done:
         clean_up()
     return result
+
+
+def begin_prediction(loop: Cycle) -> None:
+    """The first directions of a run. Without room for them it begins as plain training and says so; the
+    monitor has them made later, as after its own order.
+    """
+    shortage = attempt(lambda: loop.prediction.renew(loop.progress.phase))
+    if isinstance(shortage, OutOfMemory):
+        loop.prediction.drop()
+        release(loop.task.model.parameters())
+        loop.memory.in_force.add(MemoryAction.PREDICTION_OFF)
+        tell_shortage(loop, loop.report, shortage, "no room for directions, the run begins as plain training")
 
 
 def make_room(loop: Cycle) -> bool:
@@ -78,6 +94,8 @@ def put_in_force(loop: Cycle, memory: MemoryState) -> None:
     recompute.set_recompute(loop.task.model, loop.memory.is_recomputing)
     if MemoryAction.PREDICTION_OFF in memory.in_force:
         loop.prediction.drop()
+    elif loop.prediction.is_possible and loop.prediction.basis is None:
+        loop.memory.in_force.add(MemoryAction.PREDICTION_OFF)  # there was room where it was written, not here
     loop.prediction.form(loop.memory)
 
 

@@ -20,6 +20,7 @@ from common.messages import Alert, Holder, MemoryReport, Message
 from common.streams import TRAINER
 from trainer_node.out_of_memory import OutOfMemory
 from trainer_node.snapshot import optimizer_tensors
+from trainer_node.split import local_of
 
 if TYPE_CHECKING:
     from trainer_node.cycle import Cycle
@@ -138,4 +139,4 @@ def _allocator(device: torch.device) -> dict[str, Any]:
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(local_of(t).numel() * t.element_size() for t in tensors)

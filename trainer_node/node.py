@@ -2,27 +2,30 @@
 
 Order matters: settings and data are checked first, then the server is reached, then the run folder is
 opened, so that a mistake leaves nothing behind. On SIGTERM, Ctrl-C or a lost parent the run comes to
-rest, writes an emergency checkpoint and says how to go on.
+rest, writes an emergency checkpoint and says how to go on. Under torchrun every rank runs this: all of them
+train, rank 0 alone has the bus, the run folder and the terminal.
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 import threading
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import sealed_folder
 from common.clock import SystemClock
-from common.errors import EnvironmentFault, HybridError, UserError
+from common.errors import EnvironmentFault, Fenced, HybridError, UserError
 from common.messages import PhaseDecision, RunEnded
 from common.recording import messages_of, read_recording
 from common.settings import RunSettings
 from common.streams import DECISIONS
 from trainer_node import checkpoint, run_folder
-from trainer_node.assembly import build_loop, prepare_task
+from trainer_node.assembly import build_loop, choose_device, prepare_task
 from trainer_node.checkpoint import Checkpoints
 from trainer_node.checkpoint_buffer import make_buffer
 from trainer_node.connection import Connection
@@ -31,10 +34,15 @@ from trainer_node.housekeeping import Housekeeping
 from trainer_node.links import DecisionSource, RecordedDecisions
 from trainer_node.loop import Loop
 from trainer_node.memory_report import MemoryReports
+from trainer_node.other_rank import OtherRank
 from trainer_node.out_of_memory import MemoryExhausted
+from trainer_node.parallel import on_ranks
 from trainer_node.provenance import provenance, write_provenance
+from trainer_node.ranks import Ranks, ranks_of_environment, told_plainly
 from trainer_node.read_out import check_read_out
 from trainer_node.run_folder import RunFolder, newest_checkpoint
+from trainer_node.shared_checkpoints import AnyCheckpoints, SharedCheckpoints
+from trainer_node.shared_decisions import SharedDecisions
 from trainer_node.sinks import MetricSinks
 from trainer_node.summary import build_summary, write_summary
 from trainer_node.tasks import Task
@@ -53,14 +61,17 @@ def run_trainer(job: TrainerJob, stop: threading.Event) -> int:
     """Train until done or told to stop. Returns the exit code; raises HybridError for known faults."""
     check_read_out(job.settings)
     recorded = _recorded_decisions(job.decisions_file)
-    start_from, passed_over = _checkpoint_to_resume(job)
-    task = prepare_task(job.settings.trainer)
     with ExitStack() as open_things:
-        made_with = provenance()  # before the first message: the code as it is now
-        node = _connect(job, open_things, stop, start_from)
-        links = _links(node, recorded)
-        if start_from is None:
+        ranks = open_things.enter_context(_ranks(job))
+        is_first = ranks.rank == 0
+        start_from, passed_over = _same_start(job, ranks)
+        task = _task(job, ranks)
+        made_with = provenance() if is_first else {}  # before the first message: the code as it is now
+        node = _connect(job, ranks, open_things, stop, start_from)
+        links, is_told_to_stop = _links(node, recorded, ranks, stop)
+        if start_from is None and is_first:
             run_folder.create(job.run.path.parent, job.run.run_id, job.settings, again=job.resume)
+        ranks.any(False)  # the other ranks park tensors in that folder
         checkpoints = _checkpoints(job, node, task)
         open_things.callback(checkpoints.close)
         housekeeping = Housekeeping(node.emit, checkpoints)
@@ -69,7 +80,7 @@ def run_trainer(job: TrainerJob, stop: threading.Event) -> int:
             housekeeping(loop)
             node.step = loop.progress.step
             node.repeat_start_if_lost()
-            loop.stop_requested = loop.stop_requested or stop.is_set()
+            loop.stop_requested = loop.stop_requested or is_told_to_stop()
 
         loop = build_loop(
             task,
@@ -84,9 +95,10 @@ def run_trainer(job: TrainerJob, stop: threading.Event) -> int:
         )
         if start_from is not None:
             housekeeping.load(checkpoint.load(start_from, loop))
-        write_provenance(made_with, job.run.path)
         resumed_from = start_from.name if start_from else ""
-        _begin(job, node, loop, open_things, held_out=housekeeping.last_loss, resumed_from=resumed_from)
+        if isinstance(node, Connection):
+            write_provenance(made_with, job.run.path)
+            _begin(job, node, loop, open_things, held_out=housekeeping.last_loss, resumed_from=resumed_from)
         for reason in passed_over:
             node.alarm(f"passed over: {reason}", kind="checkpoint_passed_over", severity="warning")
         loop.ledger.start()
@@ -94,26 +106,52 @@ def run_trainer(job: TrainerJob, stop: threading.Event) -> int:
             housekeeping.begin(loop)
         exhausted: MemoryExhausted | None = None
         try:
-            loop.run()
+            with told_plainly():
+                loop.run()
         except MemoryExhausted as error:
             exhausted = error  # the state is that before the step that did not fit: it is saved
-        if node.fenced is None:  # else the folder is the newer trainer's
+        if not ranks.any(node.fenced is not None):  # else the folder is the newer trainer's
             _end(job, node, loop, housekeeping, made_with)
-    fault = node.fenced or exhausted or _fault_of(housekeeping, checkpoints)
-    if fault is not None:
-        raise fault
+    return _ended(ranks, node.fenced, exhausted or _fault_of(housekeeping, checkpoints))
+
+
+def _ended(ranks: Ranks, fenced: Fenced | None, fault: HybridError | None) -> int:
+    """0, raised faults apart. Where a newer trainer has the run torchrun must not start this one again."""
+    if fenced is not None and ranks.size > 1:
+        print(f"trainer-node: {fenced}", file=sys.stderr, flush=True)
+        return 0
+    if fenced is not None or fault is not None:
+        raise fenced or fault  # type: ignore[misc]
     return 0
 
 
-def _checkpoints(job: TrainerJob, node: Connection, task: Task) -> Checkpoints:
-    settings = job.settings.trainer.checkpoint
-    return Checkpoints(
-        job.run.trainer_checkpoints, keep=settings.keep, on_failure=node.alarm,
-        buffer=make_buffer(settings.staging, task.device), has_process=True,
-    )  # fmt: skip
+def _ranks(job: TrainerJob) -> AbstractContextManager[Ranks]:
+    trainer = job.settings.trainer
+    return ranks_of_environment(trainer.parallel.kind, on_gpu=choose_device(trainer).type == "cuda")
 
 
-def _fault_of(housekeeping: Housekeeping, checkpoints: Checkpoints) -> HybridError | None:
+def _task(job: TrainerJob, ranks: Ranks) -> Task:
+    """Rank 0 first: it writes the cache of tokens that the others read."""
+    if ranks.rank > 0:
+        ranks.any(False)
+    task = prepare_task(job.settings.trainer)
+    if ranks.rank == 0:
+        ranks.any(False)
+    return on_ranks(task, job.settings.trainer, ranks)
+
+
+def _checkpoints(job: TrainerJob, node: Connection | OtherRank, task: Task) -> AnyCheckpoints:
+    settings, root, ranks = job.settings.trainer.checkpoint, job.run.trainer_checkpoints, task.split.ranks
+    kept = None
+    if ranks.rank == 0:
+        kept = Checkpoints(
+            root, keep=settings.keep, on_failure=node.alarm,
+            buffer=make_buffer(settings.staging, task.device), has_process=True,
+        )  # fmt: skip
+    return kept if kept is not None and ranks.size == 1 else SharedCheckpoints(kept, root, ranks)
+
+
+def _fault_of(housekeeping: Housekeeping, checkpoints: AnyCheckpoints) -> HybridError | None:
     if housekeeping.fault:
         return UserError(housekeeping.fault)
     if checkpoints.last_failed:
@@ -124,18 +162,31 @@ def _fault_of(housekeeping: Housekeeping, checkpoints: Checkpoints) -> HybridErr
 
 
 def _connect(
-    job: TrainerJob, open_things: ExitStack, stop: threading.Event, start_from: Path | None
-) -> Connection:
+    job: TrainerJob, ranks: Ranks, open_things: ExitStack, stop: threading.Event, start_from: Path | None
+) -> Connection | OtherRank:
+    """Of one generation on all ranks."""
     generation, step = sealed_folder.age_key(start_from.name)[:2] if start_from else (0, 0)
-    return Connection(
-        job.run, job.settings, job.redis_url, open_things, stop, step=step, saved_generation=generation
-    )
+    node: Connection | OtherRank = OtherRank(step=step)
+    if ranks.rank == 0:
+        node = Connection(
+            job.run, job.settings, job.redis_url, open_things, stop, step=step, saved_generation=generation
+        )
+    node.generation = int(ranks.broadcast(str(node.generation).encode()))
+    return node
 
 
-def _links(node: Connection, recorded: list[PhaseDecision] | None) -> DecisionSource:
-    if recorded is None:
-        return node.open_inbox()
-    return RecordedDecisions(recorded, generation=node.generation)
+def _links(
+    node: Connection | OtherRank, recorded: list[PhaseDecision] | None, ranks: Ranks, stop: threading.Event
+) -> tuple[DecisionSource, Callable[[], bool]]:
+    """Where decisions come from, and whether the run was told to stop: the same on all ranks."""
+    mine: DecisionSource | None = None
+    if isinstance(node, Connection):
+        recording = RecordedDecisions(recorded or [], generation=node.generation)
+        mine = node.open_inbox() if recorded is None else recording
+    if ranks.size == 1 and mine is not None:
+        return mine, stop.is_set
+    shared = SharedDecisions(mine, ranks, is_told_to_stop=stop.is_set)
+    return shared, lambda: shared.stop_agreed
 
 
 def _begin(
@@ -167,16 +218,29 @@ def _begin(
 
 
 def _end(
-    job: TrainerJob, node: Connection, loop: Loop, housekeeping: Housekeeping, made_with: dict[str, Any]
+    job: TrainerJob,
+    node: Connection | OtherRank,
+    loop: Loop,
+    housekeeping: Housekeeping,
+    made_with: dict[str, Any],
 ) -> None:
     """The last checkpoint, the last word, the summary."""
     status = "finished" if loop.progress.step >= job.settings.trainer.steps else "stopped"
     housekeeping.end(loop, emergency=status == "stopped")
+    if loop.task.split.ranks.rank > 0:
+        return
     node.emit(RunEnded(step=loop.progress.step, reason=status))
     summary = build_summary(
         loop, housekeeping, run_id=job.run.run_id, status=status, late=node.late, made_with=made_with
     )
     write_summary(job.run.summary, summary)
+
+
+def _same_start(job: TrainerJob, ranks: Ranks) -> tuple[Path | None, list[str]]:
+    """Where rank 0 finds that all go on; only it is told what was passed over."""
+    found, passed_over = _checkpoint_to_resume(job) if ranks.rank == 0 else (None, [])
+    name = ranks.broadcast(found.name.encode() if found is not None else b"").decode()
+    return (job.run.trainer_checkpoints / name if name else None), passed_over
 
 
 def _checkpoint_to_resume(job: TrainerJob) -> tuple[Path | None, list[str]]:

@@ -20,7 +20,6 @@ from common.settings import TrainerSettings
 from trainer_node import ledger as purposes
 from trainer_node.basis import Basis
 from trainer_node.featurize import StepFacts
-from trainer_node.fingerprint import fingerprint
 from trainer_node.ledger import Ledger
 from trainer_node.memory_state import MemoryState
 from trainer_node.out_of_memory import OutOfMemory, attempt
@@ -105,7 +104,7 @@ class Observer:
         return losses
 
     def _close_window(self, basis: Basis, progress: Progress) -> DecisionPoint:
-        self.fingerprint = fingerprint(basis.parameters)
+        self.fingerprint = basis.fingerprint()
         point = basis.close_window(window=progress.phase.windows, fingerprint=self.fingerprint)
         features = progress.features
         features.parameter_norm = math.sqrt(sum(n * n for n in point.parameter_norms))

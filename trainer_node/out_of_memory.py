@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from common.errors import EnvironmentFault
+from trainer_node.ranks import are_several
 
 # What torch and CUDA's libraries raise as a plain RuntimeError. Matched whole: "out of memory." alone, as
 # accelerate has it, lets the first one slip through.
@@ -64,6 +65,17 @@ class TornUpdate(EnvironmentFault):
         )
 
 
+class RankOutOfMemory(EnvironmentFault):
+    """One rank cannot do a part of a step again by itself: the others are past it, or wait for it."""
+
+    def __init__(self, shortage: OutOfMemory) -> None:
+        super().__init__(
+            f"memory ran out on one rank ({shortage.text}) and the others cannot go back with it: the run"
+            " ends here, its last checkpoint is whole; torchrun --max-restarts goes on from it by itself."
+            " Take a smaller trainer.batch.sequences, a larger trainer.batch.accumulation, or kind = fsdp"
+        )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _TEXTS)
 
@@ -71,7 +83,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def attempt(work: Callable[[], _T], *, at_once: Callable[[], None] | None = None) -> _T | OutOfMemory:
     """What `work` returns, or that memory ran out; then nothing of `work` is alive any more.
 
-    `at_once` is called before that, while everything still is where it was.
+    `at_once` is called before that, while everything still is where it was. Raises RankOutOfMemory where this
+    process is one of several ranks.
     """
     try:
         return work()
@@ -83,6 +96,8 @@ def attempt(work: Callable[[], _T], *, at_once: Callable[[], None] | None = None
         text = str(error).strip().partition("\n")[0]
         if at_once is not None:
             at_once()
+    if are_several():
+        raise RankOutOfMemory(OutOfMemory(text))
     return OutOfMemory(text)
 
 

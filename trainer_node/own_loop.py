@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.messages import CheckpointRequest, Message, OrderDone, StopRequest, Verdict
+from common.messages import Alert, CheckpointRequest, Message, OrderDone, StopRequest, Verdict
+from common.streams import TRAINER
 from trainer_node.cycle import Cycle
 from trainer_node.jump import finish_jump
 from trainer_node.memory_orders import Done, carry_out
@@ -22,6 +23,10 @@ from trainer_node.own_steps import OwnSteps
 from trainer_node.progress import outcome_without_jump
 from trainer_node.step import StepTensors, update
 
+NO_GUARD = (
+    "no jump is tried: nothing judges it; give probe(hold=...) a loss of this batch, or Hybrid(guard=...)"
+)
+
 
 class OwnLoop(Cycle):
     """`before_step`, the loop's own step, `after_step`."""
@@ -29,6 +34,7 @@ class OwnLoop(Cycle):
     def __init__(self, *arguments: Any, steps: OwnSteps, has_guard: Callable[[], bool], **named: Any) -> None:
         super().__init__(*arguments, steps=steps, **named)
         self._own_steps, self._has_guard = steps, has_guard
+        self._told: set[str] = set()
         self.is_checkpoint_wanted = False
 
     def enter(self) -> None:
@@ -44,11 +50,18 @@ class OwnLoop(Cycle):
     def before_step(self, *, looks: bool = True) -> None:
         """Pass the point that the run stands at: weights may be others afterwards."""
         if self.progress.phase.is_decision_point and not self._has_guard():
+            self._tell_once(NO_GUARD)
             self._go_on(outcome_without_jump(self.progress, None, Verdict.MISSING, 0.0))
         else:
             self.advance()
         self.expect_step()
         self._own_steps.begin(looks=looks)
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            step = self.progress.step
+            self.emit(Alert(node=TRAINER, severity="warning", kind="no_guard", text=text, step=step))
 
     def take_step(self, loss_of: Callable[[], Tensor], *, clip_norm: float) -> Tensor:
         """Forward, backward, clip, update. Returns the loss, detached."""
@@ -77,10 +90,15 @@ class OwnLoop(Cycle):
         """Judge a jump on probation now and pass a decision point: to a state that may be saved."""
         self._own_steps.abandon()
         self.settle_observations()
+        self.judge()
+        self.come_to_rest()
+
+    def judge(self) -> None:
+        """A jump on probation is judged now, between two steps. A decision that is due stays due."""
         if self._jump is not None:
+            self._own_steps.abandon()
+            self.settle_observations()
             self._settle(finish_jump(self.tools, self._jump))
-        else:
-            self.come_to_rest()
 
     def obey_orders(self) -> None:
         """Between two steps. What is the loop's own business is noted for it."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from trainer_node.groups import ParameterGroup, parameter_groups
+from trainer_node.ranks import are_several
 from trainer_node.tasks import Task
 
 
@@ -61,13 +62,29 @@ def statistics_of_layers(model: nn.Module) -> list[Tensor]:
     return [buffer for buffer in model.buffers() if buffer.numel() > 0]
 
 
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer whose hooks are called, without wrappers that keep nothing of their own (Accelerate's).
+
+    One with a state of its own (Lookahead) stays: a refused jump must set that back too.
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    is_wrapper = isinstance(inner, torch.optim.Optimizer) and inner is not optimizer
+    keeps_nothing = is_wrapper and inner.state is optimizer.state
+    return unwrapped(inner) if keeps_nothing and inner.param_groups is optimizer.param_groups else optimizer
+
+
 def check_own(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], steps: int) -> None:
     """Raises UserError."""
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is a {type(model).__name__}: give a torch.nn.Module")
     if not optimizers:
         raise UserError("no optimizer was given: give the one that trains the model")
+    if are_several():
+        raise UserError(
+            "several ranks train this model: a jump must be one for all of them, which Hybrid does not see to;"
+            " use `torchrun -m trainer_node train`, or Hybrid(..., redis=None)"
+        )
     if steps < 1:
         raise UserError(f"steps = {steps}: give the number of optimizer steps that are planned")
     if not trained_groups(model, optimizers):
-        raise UserError("the optimizer trains no parameter of this model: make it from model.parameters()")
+        raise UserError("the optimizer trains no parameter of this model: make it of model.parameters()")

@@ -8,6 +8,7 @@ notebooks. Decides nothing and touches no weights.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -101,11 +102,18 @@ def nodes_for(redis: str, settings: RunSettings, *, run_id: str, runs_dir: Path)
     if not run_id:
         if redis not in (EMBEDDED, IN_PROCESS):
             raise UserError("give run_id: the one that predictor-node and monitor-node serve")
-        run_id = run_folder.fresh_run_id("own", datetime.now()) + f"-{os.getpid()}"
+        run_id = _free_run_id(runs_dir)
     run_folder.check_run_id(run_id)
     if redis == IN_PROCESS:
         return InProcessNodes(settings, runs_dir, run_id)
     return ConnectedNodes(redis, settings, runs_dir, run_id)
+
+
+def _free_run_id(runs_dir: Path) -> str:
+    """Several runs of one process may begin within a second."""
+    first = run_folder.fresh_run_id("own", datetime.now()) + f"-{os.getpid()}"
+    names = itertools.chain([first], (f"{first}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not (runs_dir / name).exists())
 
 
 class _RunOnDisk:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,10 @@ class OwnSteps:
         self._data_seconds = 0.0
         self._looks = True
         self._handles = [o.register_step_post_hook(lambda *_: self._note_update()) for o in optimizers]
-        self._handles.append(optimizers[0].register_step_pre_hook(lambda *_: self._look_at_gradients()))
+        self._handles += [
+            optimizers[0].register_step_pre_hook(self._before_update),
+            optimizers[0].register_step_post_hook(lambda *_: self._look_at_gradients()),
+        ]
 
     @property
     def typical_wall_seconds(self) -> float:
@@ -62,7 +66,7 @@ class OwnSteps:
     def begin(self, *, looks: bool) -> None:
         """A step begins; what was done since the last one ended was waiting for data.
 
-        With `looks` the gradients are looked at when the first optimizer moves, else `end` is told of them.
+        With `looks` the gradients are looked at as the first optimizer moves, else `end` is told of them.
         """
         self.abandon()
         self._looks = looks
@@ -112,6 +116,11 @@ class OwnSteps:
             clip_scale=torch.ones((), device=norms_G.device),
         )
 
+    def _before_update(self, optimizer: object, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """With a closure (Lightning) the backward pass is inside the step: its gradients come later."""
+        if not any(callable(value) for value in (*given, *named.values())):
+            self._look_at_gradients()
+
     def _look_at_gradients(self) -> None:
         if self._looks and self._span is not None and self._norms_G is None:
             self._norms_G = gradient_norms(self._groups)
@@ -120,4 +129,7 @@ class OwnSteps:
         self._has_updated = True
 
     def _rate(self) -> float:
-        return float(self._optimizers[0].param_groups[0]["lr"])
+        rate = self._optimizers[0].param_groups[0]["lr"]
+        if isinstance(rate, Tensor) and rate.is_cuda:
+            return self._settings.optimizer.rate  # reading it would wait for the device: taken as constant
+        return float(rate)

@@ -13,7 +13,6 @@ from torch import Tensor
 from common.messages import Verdict
 from trainer_node import ledger as purposes
 from trainer_node.delta import AppliedDelta, equal_parts, move
-from trainer_node.fingerprint import fingerprint
 from trainer_node.trial import Jump, JumpTools
 from trainer_node.verify import is_ruin
 
@@ -53,7 +52,7 @@ def move_in_parts(
 
 def _unless_moved(tools: JumpTools, jump: Jump) -> Verdict | None:
     """A delta that is lost in the rounding of every weight is no jump."""
-    still = fingerprint(tools.basis.parameters) == jump.decision.base_fingerprint
+    still = tools.basis.fingerprint() == jump.decision.base_fingerprint
     return Verdict.MALFORMED if still else None
 
 

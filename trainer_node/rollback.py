@@ -22,13 +22,16 @@ from common.errors import CheckpointError
 from common.messages import Alert, MemoryAction, Message
 from common.sealed_folder import age_key
 from common.streams import TRAINER
-from trainer_node.checkpoint import Checkpoints, Saved, put_tensors, read
+from trainer_node.checkpoint_reading import Saved, put_tensors, read
 from trainer_node.ledger import TRAIN_PASSES
 from trainer_node.loop import Loop
 from trainer_node.memory_orders import carry_out
 from trainer_node.memory_report import tell_shortage
 from trainer_node.out_of_memory import OutOfMemory, TornUpdate, attempt, release
+from trainer_node.ranks import Ranks
+from trainer_node.shared_checkpoints import AnyCheckpoints
 from trainer_node.spikes import CHECK_STEPS, CLEAR_STEPS, Spike, find_spike, is_in_bounds
+from trainer_node.split import local_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +44,7 @@ class Rollback:
 class SpikeWatch:
     """Looks every few steps and answers. Without checkpoints it can only tell."""
 
-    def __init__(self, emit: Callable[[Message], None], checkpoints: Checkpoints | None) -> None:
+    def __init__(self, emit: Callable[[Message], None], checkpoints: AnyCheckpoints | None) -> None:
         self._emit, self._checkpoints = emit, checkpoints
         self._told_no_way_back, self._try_again_step = False, 0
         self.next_look_step = 0  # travels in the checkpoint
@@ -62,10 +65,10 @@ class SpikeWatch:
         """The housekeeping values of the checkpoint that the loop was set back to, if it was.
 
         Judges the losses that have arrived: all of them with `settle`, and in lockstep, where what a run does
-        must not depend on time. The loop must be calm.
+        must not depend on time, and with several ranks, which must see the same. The loop must be calm.
         """
         self.next_look_step = loop.progress.step + CHECK_STEPS
-        if settle or loop.settings.decision_mode == "lockstep":
+        if settle or loop.settings.decision_mode == "lockstep" or loop.task.split.ranks.size > 1:
             loop.settle_observations()
         is_asleep = not loop.settings.spikes.enabled or loop.progress.step < self._try_again_step
         if is_asleep or _spike_of(loop) is None:
@@ -119,7 +122,10 @@ def _spike_of(loop: Loop) -> Spike | None:
 
 
 def roll_back(
-    loop: Loop, checkpoints: Checkpoints, spike: Spike, passed_over: Callable[[str], None] = lambda _: None
+    loop: Loop,
+    checkpoints: AnyCheckpoints,
+    spike: Spike,
+    passed_over: Callable[[str], None] = lambda _: None,
 ) -> Rollback | None:
     """None where there is no sound checkpoint from before the spike: then nothing was changed.
 
@@ -170,7 +176,7 @@ def set_back(folder: Path, loop: Loop) -> Rollback:
     """
     saved = read(folder, loop)
     undone_steps = loop.progress.step - saved.progress.step
-    _check_finite(saved, folder)
+    _check_finite(saved, folder, loop.task.split.ranks)
     put_tensors(loop, saved, folder)
     loop.ledger.lost_steps += undone_steps
     loop.ledger.virtual_steps = int(saved.ledger["virtual_steps"])
@@ -179,7 +185,8 @@ def set_back(folder: Path, loop: Loop) -> Rollback:
     return Rollback(name=folder.name, undone_steps=undone_steps, housekeeping=saved.housekeeping)
 
 
-def _check_finite(saved: Saved, folder: Path) -> None:
+def _check_finite(saved: Saved, folder: Path, ranks: Ranks) -> None:
     for name in ("model", "optimizer"):
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in saved.tensors[name].values()):
+        finite = all(bool(torch.isfinite(local_of(t)).all()) for t in saved.tensors[name].values())
+        if ranks.any(not finite):
             raise CheckpointError(f"{folder}: its {name} is not finite; use an older checkpoint")

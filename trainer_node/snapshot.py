@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.errors import EnvironmentFault
 from trainer_node.fingerprint import fingerprint
+from trainer_node.optim.state import group_state, optimizer_tensors, put_group_state, with_own_containers
 
 
 class TensorStore(Protocol):
@@ -177,41 +178,33 @@ class Snapshot:
         parameters: Sequence[Tensor],
         optimizers: Sequence[torch.optim.Optimizer],
         extra: Sequence[Tensor],
+        *,
+        with_random: bool = True,
     ) -> None:
         self._store = store
         # Entries as they are: one that an optimizer makes later must be gone after a restore.
-        self._states = [(o, {p: dict(entries) for p, entries in o.state.items()}) for o in optimizers]
+        self._states = [(o, with_own_containers(o.state), group_state(o)) for o in optimizers]
         self._tensors = [p.detach() for p in parameters] + optimizer_tensors(optimizers) + list(extra)
-        self._random = random_state(self._tensors[0].device)
+        self._random = random_state(self._tensors[0].device) if with_random else None
         self._fingerprint = fingerprint(self._tensors)
         store.save(self._tensors)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Raises EnvironmentFault if a single bit differs afterwards: training must not go on then."""
-        for optimizer, states in self._states:
+        for optimizer, states, groups in self._states:
             optimizer.state.clear()
-            optimizer.state.update({p: dict(entries) for p, entries in states.items()})
+            optimizer.state.update(with_own_containers(states))
+            put_group_state(optimizer, groups)
         self._store.load_into(self._tensors)
-        set_random_state(self._random, self._tensors[0].device)
+        if self._random is not None:
+            set_random_state(self._random, self._tensors[0].device)
         found = fingerprint(self._tensors)
         if found != self._fingerprint:
             raise EnvironmentFault(
                 f"a restored snapshot differs ({found}, was {self._fingerprint}): faulty memory or disk;"
                 " resume from the last checkpoint"
             )
-
-
-def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
-    """Every state tensor, in a fixed order."""
-    return [
-        value
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        for _, value in sorted(optimizer.state.get(parameter, {}).items())
-        if isinstance(value, Tensor)
-    ]
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer_node.groups import ParameterGroup
+from trainer_node.split import WHOLE, Split, local_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +33,19 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def gradient_norms(groups: Sequence[ParameterGroup]) -> Tensor:
-    """(G,) L2 norms; a group without gradients has norm 0."""
+    """(G,) L2 norms of what this rank holds; a group without gradients has norm 0."""
     norms = []
     for group in groups:
-        gradients = [p.grad for p in group.parameters if p.grad is not None]
+        gradients = _gradients(group)
         if gradients:
             norms.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)).float()))
         else:
-            norms.append(torch.zeros((), device=group.parameters[0].device))
+            norms.append(torch.zeros((), device=local_of(group.parameters[0]).device))
     return torch.stack(norms)
+
+
+def _gradients(group: ParameterGroup) -> list[Tensor]:
+    return [local_of(p.grad) for p in group.parameters if p.grad is not None]
 
 
 def train_step(
@@ -75,20 +80,24 @@ def make_gradients(
     optimizers: Sequence[torch.optim.Optimizer],
     *,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
+    split: Split = WHOLE,
 ) -> Tensor:
     """Gradients of the loss summed over (piece, divisor of its loss); returns that loss, () nats.
 
     Writes gradients only (and buffers that the model keeps of its forward passes): may be done again.
+    The loss is that of this rank's pieces; its gradients are exchanged in the last backward pass.
     """
     assert pieces, "a step needs at least one micro-batch"
     model.train()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     total = None
-    for piece, divisor in pieces:
-        with context():
-            loss = loss_of(piece) / divisor
-        loss.backward()
+    for number, (piece, divisor) in enumerate(pieces, start=1):
+        # Around the forward pass as well: DDP decides there whether the backward pass exchanges.
+        with nullcontext() if number == len(pieces) else split.without_exchange():
+            with context():
+                loss = loss_of(piece) / divisor
+            loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
     return total
@@ -100,15 +109,15 @@ def update(
     groups: Sequence[ParameterGroup],
     *,
     clip_norm: float,
+    split: Split = WHOLE,
 ) -> StepTensors:
     """Clip the gradients and take the step."""
-    norms_G = gradient_norms(groups)
+    loss, norms_G = split.whole(loss, gradient_norms(groups))
     scale = torch.ones((), device=norms_G.device)
     if clip_norm > 0:
         # As torch.nn.utils.clip_grad_norm_, but from the norms at hand and without a host decision.
         scale = (clip_norm / (torch.linalg.vector_norm(norms_G) + 1e-6)).clamp(max=1.0)
-        gradients = [p.grad for group in groups for p in group.parameters if p.grad is not None]
-        torch._foreach_mul_(gradients, scale)
+        torch._foreach_mul_([g for group in groups for g in _gradients(group)], scale)
     for optimizer in optimizers:
         optimizer.step()
     return StepTensors(loss=loss.float(), gradient_norms_G=norms_G, clip_scale=scale)

@@ -23,6 +23,7 @@ from trainer_node.data import Batch, HeldOutText, ImageBatches, TextBatches, Tra
 from trainer_node.model.cnn import DigitsCNN
 from trainer_node.model.gpt import GPT
 from trainer_node.model.mlp import RegressionMLP
+from trainer_node.split import WHOLE, Split
 from trainer_node.synthetic import RegressionBatches, held_out_regression
 from trainer_node.tokens import prepare_tokens
 
@@ -44,6 +45,7 @@ class Task:
     unit: str  # what units_per_step counts: "tokens", "images", "examples"
     units_per_step: int
     tokenizer_path: Path | None
+    split: Split = WHOLE  # of model and batches among ranks (parallel.py); loss and batches are this rank's
 
 
 def build_task(settings: TrainerSettings, device: torch.device) -> Task:

@@ -27,14 +27,17 @@ PAGE_START_SECONDS = 20.0
 def start_run(settings: RunSettings, *, run_id: str, runs_dir: Path) -> int:
     """A fresh run. Returns the trainer's exit code; raises UserError before anything is written."""
     from trainer_node.assembly import prepare_task
+    from trainer_node.dry_run import plan_line
 
     run_folder.check_run_id(run_id)
     if run_folder.RunFolder(runs_dir / run_id).is_used:
         run_folder.create(runs_dir, run_id, settings)  # raises, before the data are prepared
+    plan = plan_line(settings)  # raises for settings that no run can have
     click.echo("preparing the data ...", err=True)
     task = prepare_task(settings.trainer)  # checks settings and data, and fills the token cache
     run = run_folder.create(runs_dir, run_id, settings)
     click.echo(f"task   {task.description}", err=True)
+    click.echo(f"memory {plan}", err=True)
     del task
     return _run_nodes(run, settings)
 

@@ -33,8 +33,12 @@ class WeightHistory:
         sample_size: int,
         dtype: str,
         make_store: Callable[[], TensorStore] = MemoryStore,
+        sum_: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
-        """`make_store` gives one store per displacement: process memory, pinned host memory or disk."""
+        """`make_store` gives one store per displacement: process memory, pinned host memory or disk.
+
+        `sum_` adds what the ranks gathered of the sample, each from its shards.
+        """
         if num_snapshots < 2:
             raise SettingsError("basis.history_snapshots = 1 holds no displacement; set 0, or 2 and more")
         self._parameters = [p.detach() for p in parameters]
@@ -44,7 +48,7 @@ class WeightHistory:
         for slot in self._slots:
             slot.save(zeros)
         self._taken = torch.zeros((), dtype=torch.int64)
-        self._sample = sample
+        self._sample, self._sum = sample, sum_
         device = self._parameters[0].device
         self._path_GS = torch.zeros(len(sample.sizes_G), sample_size, device=device)
 
@@ -70,7 +74,7 @@ class WeightHistory:
             self._sample.gather(step_G1S, index, [now.reshape(-1).float()])
             drifts.append(drift.to(self._dtype))
         self._slots[int(self._taken) % len(self._slots)].save(drifts)
-        self._path_GS += step_G1S[:, 0]
+        self._path_GS += self._sum(step_G1S)[:, 0]
         self._taken += 1
 
     def differences(self, index: int) -> list[Tensor]:

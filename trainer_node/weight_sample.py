@@ -12,12 +12,25 @@ import torch
 from torch import Tensor
 
 from trainer_node.groups import ParameterGroup
+from trainer_node.split import local_of
 
 
 class WeightSample:
-    """A fixed random choice of m weights in each group (all of them, padded, where there are fewer)."""
+    """A fixed random choice of m weights in each group (all of them, padded, where there are fewer).
 
-    def __init__(self, groups: Sequence[ParameterGroup], sample_size: int, *, seed: int) -> None:
+    Where parameters are cut among ranks the choice is the same; a rank gathers those that it holds.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[ParameterGroup],
+        sample_size: int,
+        *,
+        seed: int,
+        starts: Sequence[int] | None = None,
+    ) -> None:
+        """`starts`: per parameter, which of its weights (read flat) is this rank's first; default: 0."""
+        firsts = iter(starts if starts is not None else [0] * sum(len(group.parameters) for group in groups))
         rng = np.random.default_rng([seed, 0xBA515])
         self._places: list[tuple[int, int, Tensor]] = []  # group, first column, flat positions
         self.sizes_G: list[int] = []  # chosen weights; the columns from here on are padding
@@ -31,10 +44,12 @@ class WeightSample:
                 chosen = np.arange(total)
             inflation.append(total / len(chosen))
             self.sizes_G.append(len(chosen))
-            starts = np.cumsum([0, *sizes])
-            for start, end, parameter in zip(starts[:-1], starts[1:], group.parameters, strict=True):
-                low, high = np.searchsorted(chosen, [start, end])
-                positions = torch.from_numpy(chosen[low:high] - start).to(parameter.device)
+            begins = np.cumsum([0, *sizes])
+            for begin, parameter in zip(begins[:-1], group.parameters, strict=True):
+                held = local_of(parameter)
+                start = begin + next(firsts)
+                low, high = np.searchsorted(chosen, [start, start + held.numel()])
+                positions = torch.from_numpy(chosen[low:high] - start).to(held.device)
                 self._places.append((group_index, int(low), positions))
         self.inflation_G = torch.tensor(inflation, dtype=torch.float32)
 

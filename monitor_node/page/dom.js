@@ -50,12 +50,12 @@ export function stackedBar(barId, legendId, parts) {
   const pieces = parts.filter(([, share]) => share > 0).map(([name, share, words, place]) => {
     const made = element("i");
     made.style.width = 100 * share + "%";
-    made.style.background = `var(--c${place % 8})`;
+    made.style.background = `var(--c${place % 10})`;
     made.title = `${name}: ${words}`;
     return made;
   });
   byId(barId).replaceChildren(...pieces);
-  byId(legendId).replaceChildren(...parts.map(([name, , words, place]) => legendItem(name, words, `var(--c${place % 8})`)));
+  byId(legendId).replaceChildren(...parts.map(([name, , words, place]) => legendItem(name, words, `var(--c${place % 10})`)));
 }
 
 export function legendItem(name, words, colour) {

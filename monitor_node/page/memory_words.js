@@ -33,8 +33,15 @@ function words(memory) {
   if (isKnown(memory.seconds_until_emergency)) parts.push(`will cross emergency in about ${duration(memory.seconds_until_emergency)}`);
   if (memory.is_thrashing) parts.push("the allocator is thrashing");
   if (memory.in_force?.length) parts.push("in force: " + memory.in_force.join(", "));
-  const valueOf = (said) => (isKnown(said.value) ? rate(said.value) + (said.unit === "1" ? "" : " " + said.unit)
-    : `unknown (${said.unknown_reason})`);
+  const away = ({ place }) => (place === "device" ? "" : " on " + place);
+  const planned = (memory.planned || []).filter((holder) => holder.num_bytes > 0)
+    .map((holder) => `${holder.name} ${bytes(holder.num_bytes)}${away(holder)}`);
+  if (planned.length) parts.push("planned: " + planned.join(", "));
+  const valueOf = (said) => {
+    if (!isKnown(said.value)) return `unknown (${said.unknown_reason})`;
+    if (said.unit === "B") return bytes(said.value);
+    return rate(said.value) + (said.unit === "1" ? "" : " " + said.unit);
+  };
   const readings = Object.entries(memory.readings || {}).slice(0, 12)
     .map(([name, said]) => `${name.replaceAll("_", " ")} ${valueOf(said)}`);
   return [...parts, ...readings];

@@ -55,6 +55,7 @@ function drawStreams() {
     row([
       [s.stream], [whole(s.entries)], [whole(s.lag_steps), s.lag_steps > 20 ? "warn" : ""], [whole(s.pending)],
       [whole(s.dead_letters), badly(s.dead_letters)], [whole(s.fenced)], [whole(s.duplicates)], [whole(s.gaps), badly(s.gaps)],
+      [whole(s.damaged), badly(s.damaged)],
     ]);
   fillTable("streams", health.map(cells), "not known yet");
 }

@@ -131,8 +131,9 @@ def points(options: argparse.Namespace) -> None:
     print(f"\n## {options.points:,} points each of loss and held-out loss, {options.repeats} openings each\n")
     with page_process(options.points, has_every_series=True) as shown:
         rows = ", ".join(f"{name} {count}" for name, count in shown.rows.items() if count)
-        print(f"folded in {shown.fold_seconds:.0f} s; snapshot {shown.snapshot_bytes / 1024:,.0f} KiB in")
-        print(f"{shown.snapshot_seconds * 1e3:.0f} ms; rows that the page gets, extremes kept: {rows}\n")
+        print(f"folded in {shown.fold_seconds:.0f} s of a processor; snapshot", end=" ")
+        print(f"{shown.snapshot_bytes / 1024:,.0f} KiB in {shown.snapshot_seconds * 1e3:.0f} ms;")
+        print(f"rows that the page gets, extremes kept: {rows}\n")
         print(table(("", "", "median", "longest"), opening_rows(shown.url, options.repeats)))
 
 

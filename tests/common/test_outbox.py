@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterator
 
@@ -9,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import codec
 from common import messages as m
 from common.bus import STREAM_START, Bus, EntryId
 from common.clock import SystemClock
 from common.errors import BusError, BusFull, BusRefused, BusUnavailable, Fenced
 from common.open_bus import open_bus
-from common.outbox import Outbox
+from common.outbox import KEPT_BYTES, Outbox
 from common.publisher import Publisher
 from common.streams import HISTORY, notes_of
 from tests.common.message_samples import sample
@@ -41,12 +43,17 @@ def observation(step: int, *, at_decision: bool = False) -> m.Observation:
 
 
 def outbox_on(
-    bus: Bus, *, capacity: int = 1000, generation: int = 1, on_fenced: Callable[[Fenced], None] | None = None
+    bus: Bus,
+    *,
+    capacity: int = 1000,
+    kept_bytes: int = KEPT_BYTES,
+    generation: int = 1,
+    on_fenced: Callable[[Fenced], None] | None = None,
 ) -> Outbox:
     publisher = Publisher(
         bus, writer="trainer", generation=generation, clock=SystemClock(), rng=random.Random(0)
     )
-    return Outbox(publisher, capacity=capacity, on_fenced=on_fenced)
+    return Outbox(publisher, capacity=capacity, kept_bytes=kept_bytes, on_fenced=on_fenced)
 
 
 @pytest.fixture
@@ -163,6 +170,40 @@ def test_full_outbox_drops_oldest_notes_then_oldest_plain_observations_only(
     assert counters.published == 1 + len(waiting)
 
 
+OUTCOME: m.Outcome = sample(m.Outcome)
+POINT = observation(2, at_decision=True)
+
+
+@given(st.lists(st.sampled_from("nOce"), max_size=30), st.integers(0, 12_000))
+@settings(max_examples=60, deadline=None)
+def test_points_and_outcomes_wait_within_a_bound_and_the_oldest_points_go_first(
+    kinds: list[str], kept_bytes: int
+) -> None:
+    """Against a slow twin. n note, O observation at a decision point, c outcome, e end of run."""
+    made = {"n": NOTE, "O": POINT, "c": OUTCOME, "e": END}
+    size = {"O": len(codec.encode(POINT)), "c": len(codec.encode(OUTCOME))}
+    bus = ScriptedBus()
+    box = outbox_on(bus, kept_bytes=kept_bytes)
+    hold_with_one_on_the_way(bus, box)
+    waiting: list[tuple[str, int]] = []  # kind, sequence
+    dropped = {"O": 0, "c": 0}
+    for sequence, kind in enumerate(kinds):
+        box.put(made[kind])
+        waiting.append((kind, sequence))
+        while sum(size.get(kind, 0) for kind, _ in waiting) > kept_bytes:
+            victim = next(kind for kind in "Oc" if kind in dict(waiting))
+            waiting.remove(next(item for item in waiting if item[0] == victim))
+            dropped[victim] += 1
+    bus.gate.set()
+    assert box.close(30)
+    sent = [entry.kind for entry in bus.read_after({HISTORY: STREAM_START}, max_count=99, block_seconds=0)]
+    assert sent == ["RunEnded", *(type(made[kind]).__name__ for kind, _ in waiting if kind != "n")]
+    counters = box.counters()
+    assert (counters.dropped_points, counters.dropped_outcomes) == (dropped["O"], dropped["c"])
+    assert counters.published == 1 + len(waiting)
+    assert box._waiting_bytes == 0
+
+
 def test_message_that_cannot_be_encoded_is_counted_and_leaves_a_gap(
     scripted: ScriptedBus, outbox: Outbox
 ) -> None:
@@ -170,8 +211,11 @@ def test_message_that_cannot_be_encoded_is_counted_and_leaves_a_gap(
     outbox.put(m.RunEnded(step="x", reason="finished"))  # type: ignore[arg-type]
     outbox.put(END)
     assert outbox.flush(30)
-    assert scripted.sequences(HISTORY) == [1, 3]
-    assert outbox.counters().unencodable == 1
+    outbox.put(dataclasses.replace(POINT, features="x"))  # its size is asked for when it is put
+    outbox.put(END)
+    assert outbox.flush(30)
+    assert scripted.sequences(HISTORY) == [1, 3, 5]
+    assert outbox.counters().unencodable == 2
 
 
 def test_fenced_outbox_stops_for_good_and_tells_once(scripted: ScriptedBus) -> None:

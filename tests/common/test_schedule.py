@@ -1,6 +1,7 @@
 import itertools
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,7 +9,7 @@ from common.schedule import decay_start_step, rate_factor
 from common.settings import ScheduleSettings
 from tests.trainer.references_optim import slow_rates
 
-NAMES = ("constant", "cosine", "linear", "wsd")
+NAMES = ("constant", "cosine", "linear", "one-cycle", "wsd")
 
 
 @st.composite
@@ -59,7 +60,7 @@ def test_rate_is_full_until_the_step_where_the_decay_starts(run):
     )
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "one-cycle", "wsd"])
 def test_last_step_has_the_final_share_and_no_step_beyond_it_differs(name):
     schedule = ScheduleSettings(name=name, warmup_steps=10, final_share=0.1)
     assert rate_factor(99, 100, schedule) == pytest.approx(0.1)
@@ -74,3 +75,33 @@ def test_first_step_of_a_warmup_already_moves_and_its_last_step_has_the_full_rat
 def test_wsd_spends_the_stated_share_of_the_steps_below_the_full_rate():
     schedule = ScheduleSettings(name="wsd", warmup_steps=0, decay_share=0.2)
     assert sum(factor < 1.0 for factor in curve(1000, schedule)) == 200
+
+
+@pytest.mark.parametrize(("total", "warmup", "final_share"), [(100, 30, 0.01), (50, 10, 0.2), (7, 2, 0.5)])
+def test_one_cycle_is_the_curve_of_torch(total, warmup, final_share):
+    peak = 0.3
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    torchs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=peak,
+        total_steps=total,
+        pct_start=warmup / total,
+        final_div_factor=1 / (25 * final_share),
+        cycle_momentum=False,
+    )
+    rates = []
+    for _ in range(total):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(rates) < total:
+            torchs.step()
+    schedule = ScheduleSettings(name="one-cycle", warmup_steps=warmup, final_share=final_share)
+    assert [peak * factor for factor in curve(total, schedule)] == pytest.approx(rates, rel=1e-12)
+
+
+def test_one_cycle_rises_from_a_25th_of_the_peak_which_one_step_has():
+    schedule = ScheduleSettings(name="one-cycle", warmup_steps=30)
+    factors = curve(100, schedule)
+    assert factors[0] == pytest.approx(1 / 25)
+    assert factors[:30] == sorted(factors[:30])
+    assert [step for step, factor in enumerate(factors) if factor == 1.0] == [29]

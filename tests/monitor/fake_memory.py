@@ -43,6 +43,7 @@ def memory_section(step: int) -> dict[str, Any]:
         "next_peak_bytes": int(10.4 * GIB),
         "seconds_until_emergency": None,
         "report": None,
+        "planned": None,
     }
 
 

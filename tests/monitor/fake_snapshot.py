@@ -227,7 +227,8 @@ def _stream_health(step: int, proposals: int) -> list[dict[str, Any]]:
     def row(stream: str, entries: int, lag_steps: int | None, pending: int | None) -> dict[str, Any]:
         return {
             "stream": stream, "entries": entries, "lag_steps": lag_steps, "pending": pending,
-            "dead_letters": 0, "fenced": 0, "duplicates": 0, "gaps": 0 if lag_steps is not None else None,
+            **dict.fromkeys(("dead_letters", "fenced", "duplicates", "damaged"), 0),
+            "gaps": 0 if lag_steps is not None else None,
         }  # fmt: skip
 
     return [row("history", step, 1, 0), row("decisions", proposals, None, None), row("orders", 4, None, 0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,21 @@ def test_the_page_shows_the_run_and_follows_it_live(browser: Browser, shown: Sho
     browser.wait_until(f"{text_of('tiles')}.includes('1.2345')")
     browser.wait_until("document.getElementById('loss-chart').data[0].y.at(-1) === 1.2345")
     assert browser.complaints == []
+
+
+def test_sizes_of_readings_are_shown_as_sizes_and_every_column_has_a_heading(
+    browser: Browser, shown: Shown
+) -> None:
+    reading = m.Reading(name="host_available", value=21.5 * 2**30, unit="B", source="x", unknown_reason="")
+    shown.tell(fake.started(), replace(fake.sample(1 << 33), readings=(reading,)))
+    shown.open_in(browser)
+    browser.wait_until(f"{text_of('memory-words')}.includes('host available 21.50 GiB')")
+    tables = browser.evaluate(
+        "[...document.querySelectorAll('table')].filter((t) => t.tBodies[0].rows[0]?.cells.length > 1)"
+        ".map((t) => [t.tBodies[0].id, t.tHead.rows[0].cells.length, t.tBodies[0].rows[0].cells.length])"
+    )
+    assert "streams" in {name for name, _, _ in tables}
+    assert all(headings == cells for _, headings, cells in tables)
 
 
 # Notes what the tiles say at the moment at which the chart library is asked for.

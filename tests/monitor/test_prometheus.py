@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -55,6 +56,12 @@ def fake_snapshot(steps: int = 400) -> dict[str, Any]:
         view.fold(said.message, sent_unix_seconds=1e9 + at_seconds, at_seconds=at_seconds)
     view.stream_lengths = {"history": 400}
     return json.loads(json.dumps(as_dict(view, now_seconds=at_seconds), allow_nan=False))
+
+
+def test_no_name_says_of_which_type_it_is() -> None:
+    """`promtool check metrics` objects to one that does."""
+    names = {name for name, _ in of(fake_snapshot())}
+    assert not [name for name in names if re.search("counter|gauge|histogram|summary", name)]
 
 
 def test_a_run_is_told_in_names_with_units() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from dataclasses import replace
@@ -16,7 +15,6 @@ from common import features
 from common import messages as m
 from monitor_node.node import new_view
 from monitor_node.run_view import RunView
-from monitor_node.series import Curve, Strip
 from monitor_node.snapshot import as_dict, plain
 from tests.monitor import fake_run as fake
 
@@ -199,42 +197,6 @@ def test_lost_nodes_and_dead_letters_become_alerts() -> None:
     page = shown(fold(m.NodeLost(node="predictor", silent_seconds=4.0, last_step=7), dead))
     assert [alert["kind"] for alert in page["alerts"]] == ["dead_letter", "node_lost"]
     assert page["counters"]["dead_letters"] == 1
-
-
-@given(st.lists(st.tuples(st.integers(1, 5000), st.floats(-1e6, 1e6)), min_size=1, max_size=300))
-def test_a_curve_keeps_its_extremes_in_bounded_memory(points: list[tuple[int, float]]) -> None:
-    curve = Curve(max_buckets=8)
-    for x, y in points:
-        curve.add(x, y)
-    kept = curve.points()
-    assert len(kept) <= 16
-    assert set(kept) <= set(points)
-    assert [x for x, _ in kept] == sorted(x for x, _ in kept)
-    heights = [y for _, y in points]
-    assert (min(y for _, y in kept), max(y for _, y in kept)) == (min(heights), max(heights))
-
-
-def test_a_curve_cut_off_holds_nothing_above_the_cut() -> None:
-    curve = Curve(max_buckets=4)
-    for x in range(100):
-        curve.add(x, float(x))
-    curve.add(99, math.nan)
-    curve.cut_above(40)
-    assert max(x for x, _ in curve.points()) <= 40
-    assert not curve.marks
-
-
-@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=200))
-def test_a_strip_covers_every_step_once(labels: list[str]) -> None:
-    strip, exact = Strip(max_buckets=8), Strip(max_buckets=1000)
-    for x, label in enumerate(labels):
-        strip.add(x, label)
-        exact.add(x, label)
-    coarse = strip.segments()
-    assert coarse[0][0] == 0
-    assert coarse[-1][1] >= len(labels) - 1
-    assert all(left[1] + 1 == right[0] for left, right in itertools.pairwise(coarse))
-    assert "".join(label * (last - first + 1) for first, last, label in exact.segments()) == "".join(labels)
 
 
 def test_memory_stays_bounded_over_a_long_run() -> None:

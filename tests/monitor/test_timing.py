@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import monitor_node.page
 from common import messages as m
 from monitor_node.timing import (
     BOUND_SHARE,
@@ -159,3 +162,16 @@ def test_of_a_long_run_the_first_and_the_newest_accounts_are_kept() -> None:
     assert len(steps) <= MAX_ACCOUNTS
     assert steps[0] == 0
     assert steps[-20:] == list(range(4980, 5000))
+
+
+def test_the_page_has_a_colour_of_its_own_for_every_purpose() -> None:
+    """A bar that colours by rank would change them as the shares change."""
+    page = Path(monitor_node.page.__file__).parent
+    listed = re.search(r"const PURPOSES = \[(.*?)\];", (page / "timing.js").read_text("utf-8"), re.DOTALL)
+    assert listed is not None
+    purposes = re.findall(r'"(\w+)"', listed[1])
+    assert set(purposes) == set(shares_between(told(0, 1.0), told(10, 9.0, steps=5.0)))
+    style = (page / "style.css").read_text("utf-8")
+    for theme in style.split("prefers-color-scheme: dark")[:2]:
+        colours = re.findall(r"--c(\d+): (#\w+)", theme.split("* {")[0])
+        assert len({colour for _, colour in colours}) == len(purposes) == len(colours)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from common.bus import EntryId
 from common.messages import Alert, CheckpointWritten, Message, Outcome, PhaseDecision, RunEnded
 from predictor_node.catch_up import KEPT_ENTRIES, LOOK_ENTRIES, MOST_BEHIND_ENTRIES, CatchUp, pass_up_to
-from predictor_node.node import PASSED_OVER, Predictor
+from predictor_node.holes import PASSED_OVER, QUIET_ENTRIES
+from predictor_node.node import Predictor
 from predictor_node.state import MemoryStore
 from tests.predictor.scripted import Log, ScriptedTrainer, observed, small_settings
 
@@ -93,7 +94,7 @@ def test_a_trainer_that_is_too_fast_is_followed_within_a_bound_and_its_newest_po
 def test_what_is_passed_over_is_counted_and_told_and_nothing_else_is_passed_over() -> None:
     pursuit = Pursuit(speed=8.0).run()
     told = [alert for alert in pursuit.of(Alert) if alert.kind == PASSED_OVER]
-    assert len(told) == len(pursuit.of(Alert)) >= 2, "one for each time, no other"
+    assert len(told) == len(pursuit.of(Alert)) >= 2, "the first at once, the rest in sums, no other"
     assert sum(int(alert.text.split()[0]) for alert in told) == pursuit.predictor.passed_over
     assert pursuit.predictor.counters["passed_over"] == pursuit.predictor.passed_over
     assert pursuit.predictor.counters["lost_entries"] == 0
@@ -104,6 +105,27 @@ def test_what_is_passed_over_is_counted_and_told_and_nothing_else_is_passed_over
     assert all(pursuit.store.has(name) for name in names)
     assert isinstance(LOG.entries[-1][1], RunEnded)
     assert pursuit.predictor.ended == LOG.entries[-1][0]
+
+
+def test_a_trainer_that_outruns_its_predictor_for_long_is_told_of_in_sums() -> None:
+    """Every third step arrives: 1,356 alerts were one for each hole."""
+    log = Log(Predictor(MemoryStore()).handle)
+    ScriptedTrainer(small_settings(LIVE)).run(log.publish, until_step=40)
+    predictor, told = Predictor(MemoryStore()), list[tuple[int, Message]]()
+    for entry_id, message in log.entries:
+        predictor.handle(message, entry_id)
+    last_id, last_step = log.entries[-1][0], predictor.last_step
+    holes = QUIET_ENTRIES + 100
+    for n in range(1, holes + 1):
+        answers = predictor.handle(observed(last_step + 3 * n), EntryId(1, last_id.sequence + 3 * n))
+        told += [(n, answer) for answer in answers if isinstance(answer, Alert)]
+    answers = predictor.handle(
+        RunEnded(step=1, reason="finished"), EntryId(1, last_id.sequence + 3 * holes + 1)
+    )
+    told += [(holes, answer) for answer in answers]
+    assert [n for n, _ in told] == [1, 1 + QUIET_ENTRIES, holes], "the first at once, the last with the end"
+    missing = [int(alert.text.split()[0]) for _, alert in told]  # type: ignore[union-attr]
+    assert sum(missing) == predictor.counters["missing_steps"] == predictor.lost_entries == 2 * holes
 
 
 def test_in_lockstep_every_point_is_answered_however_far_behind() -> None:

@@ -13,7 +13,8 @@ from common.bus import Entry, EntryId
 from common.errors import RecordingError
 from common.messages import Alert, Message, PhaseDecision
 from common.streams import DECISIONS, HISTORY, PREDICTOR, notes_of
-from predictor_node.node import PASSED_OVER, Predictor
+from predictor_node.holes import PASSED_OVER
+from predictor_node.node import Predictor
 from predictor_node.replay import line_of, replay
 from predictor_node.state import FolderStore, MemoryStore
 from tests.predictor.scripted import Log, ScriptedTrainer, small_settings

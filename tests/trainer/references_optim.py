@@ -11,7 +11,7 @@ import numpy as np
 def slow_rates(total, *, name, warmup, decay_share=0.2, final_share=0.0):
     """The whole curve as a list, built piece by piece."""
     rates = [(step + 1) / warmup for step in range(min(warmup, total))]
-    if len(rates) == total:
+    if len(rates) == total and name != "one-cycle":
         return rates
     if name == "constant":
         return rates + [1.0] * (total - len(rates))
@@ -21,12 +21,16 @@ def slow_rates(total, *, name, warmup, decay_share=0.2, final_share=0.0):
         while len(rates) < total - falling:
             rates.append(1.0)
         corner = len(rates) - 1 if len(rates) > warmup else len(rates)
+    elif name == "one-cycle":
+        rise = [(1 - math.cos(math.pi * step / (warmup - 1))) / 2 for step in range(warmup) if warmup > 1]
+        rates[: len(rise)] = [1 / 25 * (1 - share) + 1.0 * share for share in rise]
+        corner = max(0, warmup - 1)
     else:
         corner = len(rates)
     last = total - 1
     for step in range(len(rates), total):
         share = (step - corner) / max(1, last - corner)
-        if name == "cosine":
+        if name in ("cosine", "one-cycle"):
             rates.append(final_share + (1 - final_share) * (1 + math.cos(math.pi * share)) / 2)
         else:
             rates.append(1.0 * (1 - share) + final_share * share)
@@ -68,3 +72,29 @@ def slow_sgd_direction(gradients, *, rate, momentum):
     for gradient in gradients[1:]:
         buffer = momentum * buffer + gradient
     return -rate * buffer
+
+
+def slow_lion_direction(gradients, *, rate, beta2):
+    """Step for a gradient equal to the momentum m: the interpolation of m and m, its sign alone."""
+    momentum = 0.0
+    for gradient in gradients:
+        momentum = beta2 * momentum + (1 - beta2) * gradient
+    return -rate * (momentum > 0) + rate * (momentum < 0)
+
+
+def slow_adam_8bit_direction(state, *, rate, beta1, beta2, eps):
+    """Step for a gradient equal to the first moment, weight by weight, from codes, table and block scales."""
+    steps, directions = state["step"] + 1, []
+    for index in range(state["state1"].numel()):
+        first, second = (_slow_moment(state, number, index) for number in "12")
+        second = beta2 * second + (1 - beta2) * first**2
+        first_hat, second_hat = first / (1 - beta1**steps), second / (1 - beta2**steps)
+        directions.append(-rate * first_hat / (math.sqrt(second_hat) + eps))
+    return directions
+
+
+def _slow_moment(state, number, index):
+    stored = state[f"state{number}"].reshape(-1)[index].item()
+    if f"qmap{number}" not in state:
+        return stored
+    return state[f"qmap{number}"][stored].item() * state[f"absmax{number}"][index // 256].item()

@@ -29,8 +29,21 @@ def test_fingerprint_equals_the_slow_twin(dtype):
 
 def test_fingerprint_equals_the_slow_twin_across_chunks(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_WORDS", 7)
-    tensor = random_bits((50,), torch.float32)
+    tensor = random_bits((50,), torch.float64)
     assert fingerprint([tensor]) == fingerprint_of([tensor.numpy()])
+
+
+CHUNK = module._CHUNK_BLOCKS * module._BLOCK_WORDS
+
+
+@pytest.mark.parametrize("size", [0, 1, module._BLOCK_WORDS, CHUNK - 1, CHUNK, 2 * CHUNK + 1025])
+@pytest.mark.parametrize("word", [None, -(1 << 31), (1 << 31) - 1], ids=["any", "lowest", "highest"])
+def test_the_sums_on_the_host_are_those_of_a_gpu_also_at_the_ends_of_the_range(size, word):
+    """In float64 a sum is exact below 2^53 only: the largest words must not reach that."""
+    words = random_bits((size,), torch.float32, seed=size).view(torch.int32)
+    if word is not None:
+        words.fill_(word)
+    assert torch.equal(torch.from_numpy(module._host_sums(words.numpy())), module._word_sums(words))
 
 
 @settings(deadline=None, max_examples=150)

@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from common.codec import MAX_BODY_BYTES, encode
+from common.messages import GroupSpec, RunStarted
 from tests.trainer.small_job import SmallNet
-from trainer_node.groups import parameter_groups
+from trainer_node.groups import MAX_TOLD_TENSORS, parameter_groups, told_groups
 
 
 def named(*names):
@@ -91,3 +93,26 @@ def test_the_spec_gives_names_shapes_and_dtypes():
         ("head.weight", (5, 8), "bfloat16"),
         ("head.bias", (5,), "bfloat16"),
     ]
+
+
+def test_a_model_of_very_many_tensors_is_told_in_short_and_still_whole():
+    def told(count):
+        groups = parameter_groups(
+            named(*(f"layer_with_a_long_name_{i}.attention.query.weight" for i in range(count)))
+        )
+        return [spec for group in told_groups(groups) for spec in group.parameters]
+
+    few, many = told(MAX_TOLD_TENSORS), told(MAX_TOLD_TENSORS + 1)
+    assert len(few) == MAX_TOLD_TENSORS
+    assert [(spec.shape, spec.dtype) for spec in many] == [((2 * (MAX_TOLD_TENSORS + 1),), "float32")]
+    started = RunStarted(
+        run_id="r",
+        generation=1,
+        resumed_from="",
+        settings_toml="x" * 20_000,
+        feature_version=1,
+        directions=(),
+        groups=(GroupSpec(name="attention", parameters=tuple(few)),),
+        first_step=0,
+    )
+    assert len(encode(started)) < MAX_BODY_BYTES

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from common.errors import CheckpointError, UserError
-from common.messages import Evaluation, Outcome, Verdict
+from common.messages import Alert, Evaluation, Outcome, Verdict
 from tests.trainer import own
 from trainer_node.hybrid import Hybrid
 
@@ -133,6 +133,21 @@ def test_looking_at_held_batches_changes_no_mode_statistic_or_random_state(tmp_p
         assert [module.training for module in model.modules()] == modes
         assert own.same(own.state_of(model, optimizer), state)
         assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_without_a_guard_no_jump_is_tried_and_it_is_said_once(tmp_path: Path) -> None:
+    model, optimizer = own.job()
+    with own.in_process(model, optimizer, tmp_path, *own.FIXED) as hybrid:
+        said = own.heard(hybrid)
+        for batch in own.batches(STEPS):
+            with hybrid.probe():
+                optimizer.zero_grad()
+                loss = own.loss_of(model, batch)
+                loss.backward()
+                optimizer.step()
+                hybrid.after_step(loss)
+    assert [m.kind for m in said if isinstance(m, Alert)] == ["no_guard"]
+    assert {m.verdict for m in said if isinstance(m, Outcome)} == {Verdict.MISSING}
 
 
 def test_leaving_takes_every_hook_back(tmp_path: Path) -> None:
@@ -297,3 +312,13 @@ def test_a_used_run_id_is_refused_unless_its_state_is_loaded(tmp_path: Path) -> 
         else:
             train(hybrid, model, own.batches(20))
         hybrid.close()
+
+
+def test_two_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    folders = set()
+    for _ in range(3):
+        model, optimizer = own.job()
+        with own.in_process(model, optimizer, tmp_path, *own.QUICK) as hybrid:
+            train(hybrid, model, own.batches(2))
+            folders.add(hybrid.run_folder)
+    assert len(folders) == 3

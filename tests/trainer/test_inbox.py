@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from common.bus import Bus
+from common.bus import Bus, EntryId
 from common.clock import SystemClock
 from common.memory_bus import MemoryBus, MemoryServer
 from common.messages import (
@@ -20,6 +20,7 @@ from common.messages import (
     Phase,
     PhaseDecision,
     PhaseVeto,
+    RunEnded,
 )
 from common.publisher import Publisher
 from trainer_node.inbox import Inbox
@@ -203,3 +204,32 @@ def test_a_decision_point_that_the_predictor_could_not_read_ends_the_wait(open_i
     timer.start()
     assert inbox.wait_decision(step=16, attempt=0, seconds=None) is None
     timer.join()
+
+
+@pytest.mark.parametrize("is_going_on", [True, False])
+def test_an_emptied_server_is_seen_though_no_connection_broke(
+    is_going_on: bool, server: MemoryServer, open_inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nobody who comes later learns which run this is: the trainer says it again on a reset."""
+    monkeypatch.setattr("trainer_node.inbox.CHECK_SECONDS", 0.02)
+    publisher = Publisher(
+        MemoryBus(server, "run"), writer="trainer", generation=3, clock=SystemClock(), rng=random.Random(0)
+    )
+
+    def publish() -> EntryId:
+        entry = publisher.prepare(RunEnded(step=1, reason="finished"))
+        publisher.send([entry], give_up_seconds=1.0)
+        return entry.id
+
+    publish()
+    inbox = open_inbox()
+    newest = publish()
+    assert eventually(lambda: inbox._newest_known == newest)
+    assert inbox.resets == 0, "more came, and nothing is lost"
+    server.flush()
+    if is_going_on:
+        publish()  # the next id, as if nothing had happened
+    assert eventually(lambda: inbox.resets == 1)
+    newest = publish()
+    assert eventually(lambda: inbox._newest_known == newest)
+    assert inbox.resets == 1, "told once"

@@ -1,45 +1,20 @@
-import copy
+import sys
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from common.settings import ModelSettings, OptimizerSettings
-from tests.trainer.references_optim import slow_adam_direction, slow_muon_direction, slow_sgd_direction
+from common.errors import SettingsError
+from common.settings import OptimizerSettings
+from tests.trainer.small_optim import CPU, EVERY_OPTIMIZER, TINY, routed, tiny_gpt
+from tests.trainer.tiny import tiny_settings
+from trainer_node.assembly import prepare_task
 from trainer_node.model.cnn import DigitsCNN
-from trainer_node.model.gpt import GPT
-from trainer_node.optim.build import build_optimizers, momentum_directions, set_rates
-
-CPU = torch.device("cpu")
-TINY = ModelSettings(layers=3, heads=2, width=8, context_tokens=8, vocabulary_size=257)
+from trainer_node.optim import build
+from trainer_node.optim.build import build_optimizers, set_rates
 
 
-def tiny_gpt(**changes):
-    torch.manual_seed(0)
-    return GPT(ModelSettings(**{**vars(TINY), **changes}))
-
-
-def run_steps(model, optimizers, count):
-    random = torch.Generator().manual_seed(1)
-    for _ in range(count):
-        for parameter in model.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=random).to(parameter.dtype)
-        for optimizer in optimizers:
-            optimizer.step()
-
-
-def routed(optimizers, kind):
-    return {
-        parameter
-        for optimizer in optimizers
-        if isinstance(optimizer, kind)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", EVERY_OPTIMIZER)
 @pytest.mark.parametrize(
     "model", [tiny_gpt(), tiny_gpt(tied_head=True), DigitsCNN(TINY)], ids=["gpt", "tied", "cnn"]
 )
@@ -67,10 +42,11 @@ def test_frozen_parameters_belong_to_no_optimizer():
     model = tiny_gpt()
     model.embedding.weight.requires_grad_(False)
     optimizers = build_optimizers(model, OptimizerSettings(), CPU)
-    assert all(p is not model.embedding.weight for p, _ in momentum_directions(optimizers))
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    assert all(p is not model.embedding.weight for group in groups for p in group["params"])
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", EVERY_OPTIMIZER)
 def test_decay_acts_on_tensors_of_two_dimensions_and_more_only(name):
     optimizers = build_optimizers(tiny_gpt(), OptimizerSettings(name=name, weight_decay=0.3), CPU)
     for optimizer in optimizers:
@@ -87,112 +63,32 @@ def test_set_rates_scales_the_peak_and_never_the_last_rate():
     assert rates == {"Muon": {0.05}, "AdamW": {0.001}}
 
 
-def test_direction_is_zero_before_the_first_step():
-    model = tiny_gpt()
-    directions = dict(momentum_directions(build_optimizers(model, OptimizerSettings(), CPU)))
-    assert set(directions) == set(model.parameters())
-    assert all(not d.any() and d.shape == p.shape for p, d in directions.items())
+def test_a_rate_that_is_a_tensor_is_filled_and_not_replaced():
+    """A compiled step, or one in a CUDA graph, goes on reading the tensor it was made with."""
+    rate = torch.tensor(1.0)
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))], lr=rate)
+    (group,) = optimizer.param_groups
+    group["peak_rate"] = 0.5
+    set_rates([optimizer], 0.5)
+    assert group["lr"] is rate
+    assert rate.item() == 0.25
 
 
-def test_adamw_direction_equals_the_slow_twin():
-    gradients = [0.3, -0.1, 0.25, 0.7]
-    weight = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.AdamW([weight], lr=0.02, betas=(0.8, 0.9))
-    for gradient in gradients:
-        weight.grad = torch.tensor([gradient])
-        optimizer.step()
-    ((_, direction),) = momentum_directions([optimizer])
-    twin = slow_adam_direction(gradients, rate=0.02, beta1=0.8, beta2=0.9)
-    assert direction.item() == pytest.approx(twin, rel=1e-5)
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.0, False)])
+def test_sgd_is_nesterovs_wherever_it_has_a_momentum(momentum, nesterov):
+    (optimizer,) = build_optimizers(tiny_gpt(), OptimizerSettings(name="sgd", beta1=momentum), CPU)
+    assert {(g["momentum"], g["nesterov"]) for g in optimizer.param_groups} == {(momentum, nesterov)}
 
 
-@pytest.mark.parametrize("scaling", ["original", "match_rms_adamw"])
-@pytest.mark.parametrize("shape", [(6, 6), (12, 4), (4, 12)])
-def test_muon_direction_equals_the_slow_twin_up_to_bfloat16(shape, scaling):
-    random = np.random.default_rng(0)
-    gradients = [random.normal(size=shape) for _ in range(4)]
-    weight = nn.Parameter(torch.zeros(shape))
-    optimizer = torch.optim.Muon([weight], lr=0.1, momentum=0.9, adjust_lr_fn=scaling)
-    for gradient in gradients:
-        weight.grad = torch.from_numpy(gradient).float()
-        optimizer.step()
-    ((_, direction),) = momentum_directions([optimizer])
-    twin = torch.from_numpy(slow_muon_direction(gradients, rate=0.1, momentum=0.9, scaling=scaling)).float()
-    # bfloat16 has 8 bits and five quintic iterations amplify: 3 % of the norm was measured, 5 % allowed.
-    assert (direction - twin).norm() < 0.05 * twin.norm()
-
-
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_sgd_direction_equals_the_slow_twin(nesterov):
-    gradients = [torch.tensor([0.5]), torch.tensor([-0.2]), torch.tensor([0.1])]
-    weight = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.7, nesterov=nesterov)
-    for gradient in gradients:
-        weight.grad = gradient
-        optimizer.step()
-    ((_, direction),) = momentum_directions([optimizer])
-    torch.testing.assert_close(direction, slow_sgd_direction(gradients, rate=0.1, momentum=0.7))
-
-
-def test_plain_sgd_has_a_zero_direction():
-    weight = nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    weight.grad = torch.ones(3)
-    optimizer.step()
-    ((_, direction),) = momentum_directions([optimizer])
-    assert not direction.any()
-
-
-def test_unknown_optimizer_is_refused_and_not_taken_for_one_at_rest():
-    weight = nn.Parameter(torch.zeros(3))
-    with pytest.raises(TypeError, match="Adagrad"):
-        list(momentum_directions([torch.optim.Adagrad([weight])]))
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_adamw_direction_is_the_step_just_taken(name):
-    model = tiny_gpt()
-    optimizers = build_optimizers(model, OptimizerSettings(name=name, weight_decay=0.0), CPU)
-    set_rates(optimizers, 0.5)
-    run_steps(model, optimizers, 3)
-    before = {p: p.detach().clone() for p in model.parameters()}
-    run_steps(model, optimizers, 1)
-    directions = dict(momentum_directions(optimizers))
-    for parameter in routed(optimizers, torch.optim.AdamW):
-        torch.testing.assert_close(
-            parameter.detach() - before[parameter], directions[parameter], rtol=1e-3, atol=1e-6
-        )
-
-
-def test_muon_direction_is_the_step_for_a_gradient_equal_to_the_momentum():
-    model = tiny_gpt()
-    optimizers = build_optimizers(model, OptimizerSettings(name="muon", weight_decay=0.1), CPU)
-    run_steps(model, optimizers, 3)
-    directions = dict(momentum_directions(optimizers))
-    (muon,) = (o for o in optimizers if isinstance(o, torch.optim.Muon))
-    (group,) = muon.param_groups
-    wanted = {}
-    for parameter in group["params"]:
-        parameter.grad = muon.state[parameter]["momentum_buffer"].clone()
-        decayed = parameter.detach() * (1 - group["lr"] * group["weight_decay"])
-        wanted[parameter] = decayed + directions[parameter]
-    muon.step()
-    for parameter, expected in wanted.items():
-        torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_asking_for_directions_changes_no_bit_of_state_or_weights(name, dtype):
-    model = tiny_gpt().to(dtype)
-    optimizers = build_optimizers(model, OptimizerSettings(name=name), CPU)
-    run_steps(model, optimizers, 2)
-    states = copy.deepcopy([o.state_dict() for o in optimizers])
-    weights = copy.deepcopy(model.state_dict())
-    first = dict(momentum_directions(optimizers))
-    second = dict(momentum_directions(optimizers))
-    assert all(torch.equal(first[p], second[p]) and first[p].dtype == dtype for p in first)
-    for optimizer, state in zip(optimizers, states, strict=True):
-        for key, values in optimizer.state_dict()["state"].items():
-            assert all(torch.equal(value, state["state"][key][k]) for k, value in values.items())
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+@pytest.mark.parametrize(("name", "library"), build.LIBRARIES.items())
+def test_an_optimizer_without_its_library_is_a_mistake_in_the_settings_that_names_the_cure(
+    name, library, monkeypatch
+):
+    words = rf"{name} needs the library {library}: pip install 'hybrid-predict-trainer\[optimizers\]'"
+    monkeypatch.setattr(build, "find_spec", lambda _: None)
+    with pytest.raises(SettingsError, match=words):  # before a run folder is written
+        prepare_task(tiny_settings(f"trainer.optimizer.name={name}").trainer)
+    for module in (library, f"{library}.optim"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SettingsError, match=words):
+        build_optimizers(tiny_gpt(), OptimizerSettings(name=name), CPU)

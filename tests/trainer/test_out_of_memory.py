@@ -278,7 +278,7 @@ JUMP_PLACES = {
     "snapshot": ("_take_snapshot",),
     "first check": ("_look",),
     "directions": ("_look_and_leap", "linear_deltas"),
-    "second check": ("_move_and_check", "guard_loss"),
+    "second check": ("_move_and_check", "_guard_loss"),
     "judgement": ("_judge_jump",),
 }
 

@@ -1,0 +1,38 @@
+"""The GPT compiles as one graph, with the names and the loss it had: what `trainer.compile` relies on.
+
+Captured with a backend that runs the graph as it is; the kernels themselves need a GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from common.settings import ModelSettings
+from trainer_node.model.gpt import GPT
+
+
+def small_gpt(**options: object) -> GPT:
+    torch.manual_seed(0)
+    shape = {"layers": 2, "heads": 2, "width": 16, "context_tokens": 8, "vocabulary_size": 257}
+    return GPT(ModelSettings(**{**shape, **options}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tied_head", [False, True])
+def test_the_model_is_one_graph_with_the_same_names_loss_and_gradients(tied_head: bool) -> None:
+    plain, compiled = small_gpt(tied_head=tied_head), small_gpt(tied_head=tied_head)
+    names = [name for name, _ in compiled.named_parameters()]
+    compiled.compile(backend="eager", fullgraph=True)  # raises at a break
+    tokens = torch.randint(0, 257, (3, 9), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for model in (plain, compiled):
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        losses.append(loss.detach())
+    assert [name for name, _ in compiled.named_parameters()] == names
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    assert torch.equal(*losses)
+    for ours, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
