@@ -48,7 +48,7 @@ lock: setup ## write the *.lock files anew from pyproject.toml and constraints.t
 		case $$lock in *-dev*) extra="--extra dev --extra race";; *) extra=;; esac; \
 		$(VENV)/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 			--custom-compile-command "make lock" $$extra -c constraints.txt pyproject.toml > $(VENV)/lock/whole && \
-		awk '/^[a-z]/ { torch = /^(torch|triton|cuda-|nvidia-)/ && !/^nvidia-ml-py/ } !torch' \
+		awk '/^[a-z]/ { torch = /^(torch==|triton==|cuda-|nvidia-)/ && !/^nvidia-ml-py/ } !torch' \
 			$(VENV)/lock/whole > $$lock || exit 1; \
 	done
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from trainer_node.average_parts import MEMORY, Parts, SupportsParts, TimeConstant, named, num_bytes
 from trainer_node.compact_averages import CompactAverages
+from trainer_node.fused_apply import Difference, Direction
 from trainer_node.snapshot import MemoryStore, TensorStore
 
 
@@ -53,6 +54,16 @@ class Averages(SupportsParts, Protocol):
 
     def shift(self, index: int, delta: Tensor) -> None:
         """The weights were moved by `delta`: the average moves along."""
+
+    @property
+    def are_with_weights(self) -> bool:
+        """On their device: `terms` and `moved_along` can be had."""
+
+    def terms(self, index: int, weights: Tensor) -> list[Direction]:
+        """Drift, slow drift, pull-back, differences not made as wholes. `weights`: the parameter itself."""
+
+    def moved_along(self, index: int) -> list[Tensor]:
+        """What `shift` would add the delta to, for one who adds it in the same pass as to the weights."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All state by name, for checkpoints."""
@@ -162,7 +173,7 @@ class ExactAverages:
 
     def _catch_up(self) -> None:
         weight = self.memory.take_weight()
-        if weight > 0.0 and self._device == self._parameters[0].device:
+        if weight > 0.0 and self.are_with_weights:
             torch._foreach_lerp_(self._average, self._parameters, weight)
         elif weight > 0.0:
             for average, parameter in zip(self._average, self._parameters, strict=True):
@@ -196,6 +207,17 @@ class ExactAverages:
     def shift(self, index: int, delta: Tensor) -> None:
         self._average[index].add_(delta.to(self._device))
 
+    @property
+    def are_with_weights(self) -> bool:
+        return self._device == self._parameters[0].device
+
+    def terms(self, index: int, weights: Tensor) -> list[Direction]:
+        average, start = self._average[index], self._park.read(index).to(self._device)
+        return [Difference(average, start), self._slow[index], Difference(average, weights)]
+
+    def moved_along(self, index: int) -> list[Tensor]:
+        return [self._average[index]]
+
     def tensors(self) -> dict[str, Tensor]:
         start = [self._park.read(index) for index in range(len(self._average))]
         state = named(average=self._average, window_start=start, slow=self._slow)
@@ -209,16 +231,15 @@ class ExactAverages:
         self._park.save([saved[f"window_start.{index}"] for index in range(len(self._average))])
 
     def bytes_held(self) -> int:
-        if self._device != self._parameters[0].device:
+        if not self.are_with_weights:
             return 0
         parked_bytes = 0 if self._device.type == "cuda" else self._park.resident_bytes
         return num_bytes(self._average) + num_bytes(self._slow) + parked_bytes
 
     def places(self) -> list[tuple[str, int]]:
-        with_weights = self._device == self._parameters[0].device
         moving_bytes = num_bytes(self._average) + num_bytes(self._slow)
         return [
-            ("device" if with_weights else "host", moving_bytes),
+            ("device" if self.are_with_weights else "host", moving_bytes),
             (self._park.place, num_bytes(self._average)),
         ]
 

@@ -113,21 +113,26 @@ class Basis:
             self.history.put_into(dtype)
 
     def directions(self, *, with_momentum: bool = True) -> Iterator[tuple[int, list[Tensor]]]:
-        """(parameter index, its K directions), one parameter at a time to bound memory.
+        """(parameter index, its K directions), one parameter at a time to bound memory."""
+        for index, momentum in self.momenta(with_momentum=with_momentum):
+            yield index, [momentum, *self.window_directions(index)]
 
-        Without momentum the first direction is a zero that costs nothing.
-        """
+    def window_directions(self, index: int) -> list[Tensor]:
+        """All but the first of parameter `index`."""
+        averages = self.averages
+        return [averages.drift(index), averages.slow_drift(index), averages.pull_back(index)]
+
+    def momenta(self, *, with_momentum: bool = True) -> Iterator[tuple[int, Tensor]]:
+        """(parameter index, its first direction); without momentum a zero that costs nothing."""
         if with_momentum:
             momenta: Iterator[tuple[Tensor, Tensor]] = momentum_directions(self._optimizers)
         else:
             zeros = (p.new_zeros(()).expand_as(p) for p in self.parameters)
             momenta = zip(self.owners, zeros, strict=True)
-        averages = self.averages
         for parameter, momentum in momenta:
             index = self._index.get(parameter)
             if index is not None:
-                window = [averages.drift(index), averages.slow_drift(index), averages.pull_back(index)]
-                yield index, [local_of(momentum), *window]
+                yield index, local_of(momentum)
 
     @torch.no_grad()
     def close_window(self, *, window: int, fingerprint: str) -> DecisionPoint:
@@ -211,6 +216,11 @@ class Basis:
     def sample_into(self, out_Gm: Tensor, index: int, tensor: Tensor) -> None:
         """This rank's part: the sample is whole when `out` was summed over the shards."""
         self._sample.gather(out_Gm.unsqueeze(1), index, [tensor.reshape(-1).float()])
+
+    def sample_at(self, out_Gm: Tensor, index: int, values_at: Callable[[Tensor], Tensor]) -> None:
+        """The same of a tensor that is not made: `values_at` gives its values (n,) at flat positions (n,)."""
+        group, first, positions = self._sample.place_of(index)
+        out_Gm[group, first : first + len(positions)] = values_at(positions)
 
     def empty_sample(self) -> Tensor:
         return torch.zeros_like(self._former_GKm[:, 0])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer_node.average_parts import MEMORY, Parts, SupportsParts, TimeConstant, named, num_bytes
+from trainer_node.fused_apply import Direction
 
 
 class CompactAverages:
@@ -88,6 +89,16 @@ class CompactAverages:
 
     def shift(self, index: int, delta: Tensor) -> None:
         """The offset to the weights is unchanged: nothing to do."""
+
+    @property
+    def are_with_weights(self) -> bool:
+        return True
+
+    def terms(self, index: int, weights: Tensor) -> list[Direction]:
+        return [self._drift[index], self._slow[index], self._offset[index]]
+
+    def moved_along(self, index: int) -> list[Tensor]:
+        return []
 
     def tensors(self) -> dict[str, Tensor]:
         state = named(offset=self._offset, drift=self._drift, slow=self._slow)

@@ -5,11 +5,13 @@
 Every step of its own reads and writes whole tensors: K + 3 passes, more where a direction is a difference
 that is made first. Here a block that fits into the cache goes through all steps before the next one is
 fetched (CPU), or a compiled kernel does (GPU, where torch.compile has a backend): what is read and written is
-each direction once, the weights twice. On CPU the weights are those of `reference`, bit for bit, since each
-element sees the same operations in the same order. Compiled, delta is summed in float32 whatever the type of
-the weights, and a product may or may not be rounded before it is added: float32 weights are within 1e-6
-relative to the largest term. The sum of squares has another order of summation: 1e-5 relative. Decides
-nothing, checks no coefficient and holds no state but the compiled kernel.
+each direction once, the weights twice. On CPU weights of 32 bits or more are those of `reference`, bit for
+bit, since each element sees the same operations in the same order; half-precision ones only with one thread
+(torch rounds a + c * b otherwise in the scalar code for the last elements of a thread's range). Compiled,
+delta is summed in float32 whatever the type of the weights, and a product may or may not be rounded before it
+is added: float32 weights are within 1e-6 relative to the largest term. The sum of squares has another order
+of summation: 1e-5 relative. Decides nothing, checks no coefficient and holds no state but the compiled
+kernel.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from functools import partial
 from common.errors import EnvironmentFault
 from common.messages import Outcome, PhaseDecision, Verdict
 from trainer_node import ledger as purposes
-from trainer_node.delta import AppliedDelta, move
+from trainer_node.delta import AppliedDelta
 from trainer_node.out_of_memory import OutOfMemory, TornUpdate, attempt, release
 from trainer_node.parts import move_at_once, move_in_parts
 from trainer_node.snapshot import Snapshot
@@ -97,10 +97,10 @@ def _look_and_leap(
         ruin_share=tools.settings.ruin_share,
         noise=before.loss_noise,
     )
-    deltas = tools.deltas(jump.decision, forecaster)
     if jump.decision.chunks > 1:
+        deltas = tools.deltas(jump.decision, forecaster)
         return move_in_parts(tools, jump, deltas, bound=bound, slack=before.loss_noise)
-    return move_at_once(tools, jump, deltas, bound=bound)
+    return move_at_once(tools, jump, forecaster, bound=bound)
 
 
 def _look(tools: JumpTools, jump: Jump, before: Before) -> None:
@@ -136,7 +136,7 @@ def _jump_unguarded(
     forecaster: WeightForecaster | None,
 ) -> Jump | Outcome:
     with tools.ledger.span(purposes.JUMPS) as jumping:
-        delta = attempt(lambda: move(tools.basis, tools.deltas(decision, forecaster)))
+        delta = attempt(lambda: tools.move(decision, forecaster))
         if isinstance(delta, OutOfMemory):
             raise TornUpdate("a jump without its guard", delta)
         moved = tools.basis.fingerprint() != decision.base_fingerprint

@@ -81,7 +81,7 @@ def check_own(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ste
         raise UserError("no optimizer was given: give the one that trains the model")
     if are_several():
         raise UserError(
-            "several ranks train this model: a jump must be one for all of them, which Hybrid does not see to;"
+            "several ranks train this model: a jump must be one for all, which Hybrid does not see to;"
             " use `torchrun -m trainer_node train`, or Hybrid(..., redis=None)"
         )
     if steps < 1:

@@ -5,8 +5,9 @@ Says what is wrong at once, if anything; the verdict's consequences are jump.py'
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -15,13 +16,14 @@ from trainer_node import ledger as purposes
 from trainer_node.delta import AppliedDelta, equal_parts, move
 from trainer_node.trial import Jump, JumpTools
 from trainer_node.verify import is_ruin
+from trainer_node.weight_forecast import WeightForecaster
 
 
 def move_at_once(
-    tools: JumpTools, jump: Jump, deltas: Iterable[tuple[int, Tensor]], *, bound: float
+    tools: JumpTools, jump: Jump, forecaster: WeightForecaster | None, *, bound: float
 ) -> Verdict | None:
     """Apply the whole delta and check it. What is wrong with it, or None."""
-    loss_after = _move_and_check(tools, jump, deltas, parts=1)
+    loss_after = _move_and_check(tools, jump, partial(tools.move, jump.decision, forecaster), parts=1)
     return _unless_moved(tools, jump) or (Verdict.RUINED if is_ruin(loss_after, bound=bound) else None)
 
 
@@ -38,7 +40,7 @@ def move_in_parts(
     jump.outcome = replace(jump.outcome, jump_seconds=expanding.seconds)
     best = loss_good = jump.outcome.loss_before
     for good_parts in range(count):
-        loss_after = _move_and_check(tools, jump, part, parts=good_parts + 1)
+        loss_after = _move_and_check(tools, jump, partial(move, tools.basis, part), parts=good_parts + 1)
         if is_ruin(loss_after, bound=bound) or not loss_after <= best + slack:
             break
         loss_good, best = loss_after, min(best, loss_after)
@@ -57,11 +59,11 @@ def _unless_moved(tools: JumpTools, jump: Jump) -> Verdict | None:
 
 
 def _move_and_check(
-    tools: JumpTools, jump: Jump, deltas: Iterable[tuple[int, Tensor]], *, parts: int
+    tools: JumpTools, jump: Jump, move_part: Callable[[], AppliedDelta], *, parts: int
 ) -> float:
     """The loss after one more part, the `parts`-th; the jump's account is brought up to date."""
     with tools.ledger.span(purposes.JUMPS) as jumping:
-        delta = move(tools.basis, deltas)
+        delta = move_part()
     jump.delta = _times(delta, parts)
     with tools.ledger.span(purposes.CHECKS, passes=tools.check_passes) as check:
         loss_after = tools.guard_loss()

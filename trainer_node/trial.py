@@ -15,7 +15,14 @@ from torch import Tensor
 from common.messages import Outcome, PhaseDecision, Verdict
 from common.settings import TrainerSettings, VerifySettings
 from trainer_node.basis import Basis
-from trainer_node.delta import AppliedDelta, coefficients_of, linear_deltas, random_deltas
+from trainer_node.delta import (
+    AppliedDelta,
+    apply_delta,
+    coefficients_of,
+    linear_deltas,
+    move,
+    random_deltas,
+)
 from trainer_node.ledger import CHECK_PASSES, Ledger
 from trainer_node.out_of_memory import OutOfMemory
 from trainer_node.snapshot import Snapshot, TensorStore
@@ -56,6 +63,12 @@ class JumpTools:
         shards = self.basis.split.shards
         key = (self.ablation_seed, decision.base_step, decision.base_attempt)
         return random_deltas(deltas, key=key if shards.size == 1 else (*key, shards.rank))
+
+    def move(self, decision: PhaseDecision, forecaster: WeightForecaster | None) -> AppliedDelta:
+        """Move the weights by the whole delta."""
+        if forecaster is None and self.ablation_seed is None:
+            return apply_delta(self.basis, coefficients_of(decision))
+        return move(self.basis, self.deltas(decision, forecaster))
 
 
 def jump_tools(

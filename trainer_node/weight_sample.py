@@ -53,8 +53,12 @@ class WeightSample:
                 self._places.append((group_index, int(low), positions))
         self.inflation_G = torch.tensor(inflation, dtype=torch.float32)
 
+    def place_of(self, index: int) -> tuple[int, int, Tensor]:
+        """Of parameter `index`: group, first column there, flat positions (n,) of its chosen weights."""
+        return self._places[index]
+
     def gather(self, out_GKm: Tensor, index: int, flats: Sequence[Tensor]) -> None:
         """Write the sampled values of parameter `index` into out (G, K, m)."""
-        group, first, positions = self._places[index]
+        group, first, positions = self.place_of(index)
         for direction, flat in enumerate(flats):
             out_GKm[group, direction, first : first + len(positions)] = flat.index_select(0, positions)

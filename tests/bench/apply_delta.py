@@ -1,12 +1,13 @@
 """How near a jump comes to the memory's own speed: `python -m tests.bench.apply_delta --parameters 1e6,1e7`.
 
-Measured in one run, arms in turns: a plain copy (the machine's bandwidth), the delta of delta.py (directions
-made as wholes, one operation after another), the same in one pass (fused_apply.py, by blocks and compiled),
-the snapshot and the restore of weights, AdamW's moments and averages, without and with the fingerprint that
-proves them (a restore is only worth something with it, so that is what a jump pays).
-Bandwidth counts what must be read and written at least, the same bytes for all ways to apply. On a GPU a
-snapshot goes to pinned host memory, and its bar is a plain copy over that bus. OMP_NUM_THREADS=1 counts the
-thread's own time and is the steadier way on a shared CPU. Prints; asserts nothing.
+Measured in one run, arms in turns: a plain copy (the machine's bandwidth); a delta made as a whole, and its
+directions too, one operation after another; what a jump does (delta.py, with its sample and its norm); the
+bare pass over memory (fused_apply.py, by blocks and compiled); the snapshot and the restore of weights,
+AdamW's moments and averages, without and with the fingerprint that proves them (a restore is only worth
+something with it, so that is what a jump pays). Bandwidth counts what must be read and written at least, the
+same bytes for all ways to apply. On a GPU a snapshot goes to pinned host memory, and its bar is a plain copy
+over that bus. OMP_NUM_THREADS=1 counts the thread's own time and is the steadier way on a shared CPU. Prints;
+asserts nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from common.messages import DIRECTIONS
 from common.settings import BasisSettings
 from trainer_node.basis import Basis
-from trainer_node.delta import apply_delta
+from trainer_node.delta import apply_delta, linear_deltas, move
 from trainer_node.fingerprint import fingerprint
 from trainer_node.fused_apply import Difference, Direction, bytes_moved, compiles_by_itself, move_along
 from trainer_node.groups import parameter_groups
@@ -90,10 +91,14 @@ class Job:
             )
         return square.sqrt().cpu()  # as delta.py, which tells the norm
 
+    def in_wholes(self) -> object:
+        return move(self.basis, linear_deltas(self.basis, self.coefficients_GK))
+
     def arms(self) -> Arms:
         apply_bytes = sum(bytes_moved(w, directions, [a]) for w, directions, a in self.scene)
         saved_bytes = 2 * sum(t.numel() * t.element_size() for t in self.saved)
         return {
+            "apply: wholes": (self.in_wholes, apply_bytes),
             "apply: delta.py": (lambda: apply_delta(self.basis, self.coefficients_GK), apply_bytes),
             "apply: blocks": (partial(self.one_pass, is_compiled=False), apply_bytes),
             "apply: compiled": (partial(self.one_pass, is_compiled=True), apply_bytes),

@@ -21,6 +21,7 @@ from trainer_node.fingerprint import fingerprint
 from trainer_node.groups import parameter_groups
 from trainer_node.hybrid import Hybrid
 from trainer_node.integrations.hf_trainer import HybridCallback, decay_start_step
+from trainer_node.integrations.state_file import read_state, write_state
 
 STEPS = 40
 
@@ -123,7 +124,7 @@ def test_a_resumed_training_is_the_unbroken_one_bit_for_bit(tmp_path: Path) -> N
     trainer = trainer_of(tmp_path / "b", tiny.llama(), broken, **saving)
     stop_after(trainer, 34)
     trainer.train()
-    assert (tmp_path / "b" / "out" / "checkpoint-34" / "hybrid.pt").is_file()
+    assert (tmp_path / "b" / "out" / "checkpoint-34" / "hybrid.safetensors").is_file()
     resumed = trained(tmp_path / "b", tiny.FIXED, **saving, resume=True)  # the run's name is in the state
     assert {line["base_step"] > 34 for line in tiny.said(tmp_path / "b", "Outcome")} == {True, False}
     assert [path.name for path in (tmp_path / "b" / "runs").iterdir()] == ["mine"]
@@ -154,7 +155,7 @@ def test_weights_are_judged_before_they_are_saved(tmp_path: Path) -> None:
     trainer_of(tmp_path, model, Misled(**tiny.options(tmp_path, tiny.FIXED)), **saving).train()
     for step in range(5, STEPS + 1, 5):
         folder = tmp_path / "out" / f"checkpoint-{step}"
-        state = torch.load(folder / "hybrid.pt", weights_only=True)
+        state = read_state(folder / "hybrid.safetensors")
         assert state["hybrid"]["progress"]["phase"]["phase"] != "correct"
         groups = parameter_groups(type(model).from_pretrained(folder))
         saved = fingerprint(parameter for group in groups for parameter in group.parameters)
@@ -205,10 +206,27 @@ def test_a_checkpoint_without_a_state_begins_prediction_anew_and_says_so(
     trained(tmp_path, None, **saving)
     folder = tmp_path / "out" / "checkpoint-10"
     trained(tmp_path, tiny.QUICK, **saving, resume=str(folder))
-    assert "no hybrid.pt in" in capsys.readouterr().err
-    torch.save({"hybrid": {"version": 9}, "run_id": "a", "runs_dir": str(tmp_path)}, folder / "hybrid.pt")
+    assert "no hybrid.safetensors in" in capsys.readouterr().err
+    write_state(
+        folder / "hybrid.safetensors", {"hybrid": {"version": 9}, "run_id": "a", "runs_dir": str(tmp_path)}
+    )
     with pytest.raises(CheckpointError, match="not a state of Hybrid"):
         trained(tmp_path, tiny.QUICK, **saving, resume=str(folder), options={"resume_from": folder})
+
+
+def test_a_state_comes_back_from_its_file_to_the_bit_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    shared = torch.tensor([0.1, float("nan")])
+    state = {"a": [shared, shared[:1], {"b": 0.1, "c": None}], "d": torch.tensor([1 << 40])}
+    write_state(tmp_path / "x.safetensors", state)
+    found = read_state(tmp_path / "x.safetensors")
+    assert torch.equal(found["a"][0].view(torch.int32), shared.view(torch.int32))
+    assert torch.equal(found["a"][1], shared[:1])
+    assert (found["a"][2], found["d"].item()) == ({"b": 0.1, "c": None}, 1 << 40)
+    whole = (tmp_path / "x.safetensors").read_bytes()
+    for damaged in (b"", whole[:40], whole[:-4], b"\x80\x04" + whole):
+        (tmp_path / "x.safetensors").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="no state of prediction"):
+            read_state(tmp_path / "x.safetensors")
 
 
 def test_a_loss_that_the_model_does_not_return_is_a_mistake_in_one_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from common.messages import DIRECTIONS
 from predictor_node import rows
 from tests.references import snoo_weights
 from tests.trainer.small_job import directions_by_group, small_job, whole
-from trainer_node.optim.build import momentum_directions
+from trainer_node.optim.directions import momentum_directions
 
 
 @torch.no_grad()

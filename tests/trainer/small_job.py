@@ -106,9 +106,11 @@ class SmallJob:
         return {name: bits(tensor) for name, tensor in tensors.items()}
 
 
-def small_job(*, optimizer: str = "adamw", seed: int = 0, **basis: object) -> SmallJob:
+def small_job(
+    *, optimizer: str = "adamw", seed: int = 0, weights: torch.dtype = torch.float32, **basis: object
+) -> SmallJob:
     torch.manual_seed(seed)
-    model = SmallNet()
+    model = SmallNet().to(weights)
     groups = parameter_groups(model)
     optimizers = build_optimizers(model, OptimizerSettings(name=optimizer, rate=0.01), CPU)
     set_rates(optimizers, 1.0)

@@ -16,8 +16,10 @@ from tests.trainer.small_job import (
     small_job,
     whole,
 )
+from trainer_node import delta as delta_module
+from trainer_node import fused_apply
 from trainer_node.basis import K
-from trainer_node.delta import apply_delta, coefficients_of
+from trainer_node.delta import apply_delta, coefficients_of, linear_deltas, move
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 
@@ -70,6 +72,62 @@ def test_zero_coefficients_leave_the_weights_bit_identical():
     assert job.state() == before
     assert applied.norm == 0.0
     assert not applied.sample_Gm.any()
+
+
+@pytest.mark.parametrize(("sample_size", "smallest"), [(4096, 0), (16, 40)])
+@pytest.mark.parametrize("weights", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("momentum", [0.25, 0.0])
+@OPTIMIZERS
+def test_a_jump_leaves_every_bit_as_whole_deltas_do(
+    monkeypatch, optimizer, momentum, dtype, weights, sample_size, smallest
+):
+    """In one pass over memory or not; and one group of three, whose coefficients are zero, as it was."""
+    monkeypatch.setattr(fused_apply, "BLOCK_WEIGHTS", 30)  # some parameters are several blocks
+    monkeypatch.setattr(delta_module, "SMALLEST_ONE_PASS", smallest)
+    jobs = [
+        ready_job(optimizer=optimizer, dtype=dtype, weights=weights, sample_size=sample_size)
+        for _ in range(2)
+    ]
+    coefficients = random_coefficients(jobs[0])
+    coefficients[:, MOMENTUM] *= momentum
+    coefficients[1] = 0.0
+    for job in jobs:
+        with torch.no_grad():
+            for parameter in job.basis.parameters:
+                parameter.view(-1)[0] = -0.0
+    still = [bits(p) for p in jobs[0].groups[1].parameters]
+    applied = apply_delta(jobs[0].basis, coefficients)
+    in_wholes = move(jobs[1].basis, linear_deltas(jobs[1].basis, coefficients))
+    assert jobs[0].state() == jobs[1].state()
+    assert bits(applied.sample_Gm) == bits(in_wholes.sample_Gm)
+    assert bits(applied.weights_Gm) == bits(in_wholes.weights_Gm)
+    assert applied.norm == pytest.approx(in_wholes.norm, rel=1e-5)
+    assert applied.norm > 0.0
+    assert [bits(p) for p in jobs[0].groups[1].parameters] == still
+
+
+@pytest.mark.parametrize(
+    ("weights", "are_with_weights", "smallest", "is_one_pass"),
+    [
+        (torch.float32, True, 5, True),
+        (torch.float32, True, 97, False),
+        (torch.float32, False, 5, False),
+        (torch.bfloat16, True, 5, False),
+    ],
+    ids=["plain", "small", "averages elsewhere", "half precision on a CPU"],
+)
+def test_whole_deltas_are_made_only_where_one_pass_does_not_fit(
+    monkeypatch, weights, are_with_weights, smallest, is_one_pass
+):
+    monkeypatch.setattr(delta_module, "SMALLEST_ONE_PASS", smallest)  # the parameters have 5 to 96 weights
+    job, asked = ready_job(weights=weights), []
+    kind = type(job.basis.averages)
+    shift = kind.shift
+    monkeypatch.setattr(kind, "are_with_weights", are_with_weights)
+    monkeypatch.setattr(kind, "shift", lambda self, *of: (asked.append(of[0]), shift(self, *of)))
+    apply_delta(job.basis, random_coefficients(job))
+    assert sorted(asked) == ([] if is_one_pass else list(range(len(job.basis.parameters))))
 
 
 @pytest.mark.parametrize("group", range(3))

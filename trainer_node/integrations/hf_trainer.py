@@ -1,12 +1,11 @@
 """Prediction in a Hugging Face Trainer: `Trainer(..., callbacks=[HybridCallback()])`, without a subclass.
 
-A forward hook on the model sees the loss and the inputs of every micro-batch. Owns `hybrid.pt` in the
+A forward hook on the model sees loss and inputs of every micro-batch. Owns `hybrid.safetensors` in the
 Trainer's checkpoint folders; owns no step, no schedule and no data. docs/huggingface.md says what is seen.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from trainer_node.held_batches import loss_in
 from trainer_node.hybrid import Hybrid
+from trainer_node.integrations.state_file import read_state, write_state
 from trainer_node.integrations.watched_steps import SEVERAL_PROCESSES, WatchedSteps, checked_state, missing
 
 try:
@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     raise missing("transformers", "transformers") from error
 
-STATE_FILE = "hybrid.pt"
+STATE_FILE = "hybrid.safetensors"
 NO_LOSS = (
     "no loss in what the model returned: label_smoothing_factor and compute_loss_func compute it outside; "
     "let the model compute it, or use Hybrid in a loop of yours (docs/library.md)"
@@ -174,9 +174,7 @@ class HybridCallback(TrainerCallback):
         folder = _checkpoint_folder(args, state)
         if self._steps is None or args.save_only_model or not folder.is_dir():
             return
-        unfinished = folder / f".{STATE_FILE}"
-        torch.save(self._steps.state_dict(), unfinished)
-        os.replace(unfinished, folder / STATE_FILE)
+        write_state(folder / STATE_FILE, self._steps.state_dict())
 
     def _saved(self, args: TrainingArguments, state: TrainerState) -> object:
         given = args.resume_from_checkpoint
@@ -185,7 +183,7 @@ class HybridCallback(TrainerCallback):
         if not (folder / STATE_FILE).is_file():
             print(f"hybrid: no {STATE_FILE} in {folder}: prediction begins anew", file=sys.stderr, flush=True)
             return None
-        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        return read_state(folder / STATE_FILE)
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
