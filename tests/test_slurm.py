@@ -91,7 +91,12 @@ class Job:
         return "requeue" in self.said("scontrol")
 
     def wait_for(self, program: str, text: str = "") -> None:
-        wait_until(lambda: (self.folder / program).exists() and text in self.said(program), 30.0)
+        def is_there() -> bool:
+            found = (self.folder / program).exists() and text in self.said(program)
+            assert found or self.process.poll() is None, f"the script ended: {self.said('stderr')}"
+            return found
+
+        wait_until(is_there, 60.0)
 
 
 Submit = Callable[..., Job]
@@ -124,7 +129,8 @@ def submit(tmp_path: Path) -> Iterator[Submit]:
             "SLURM_CPUS_PER_TASK": "32",
             "SLURM_SUBMIT_DIR": str(tmp_path),
         }
-        process = subprocess.Popen(["bash", SCRIPT], env=environment, stderr=subprocess.DEVNULL)
+        with (tmp_path / "stderr").open("wb") as said:
+            process = subprocess.Popen(["bash", SCRIPT], env=environment, stderr=said)
         started.append(Job(tmp_path, process))
         return started[-1]
 

@@ -56,7 +56,8 @@ def test_a_rank_that_is_killed_costs_a_restart_from_the_newest_checkpoint(tmp_pa
         wait_for(lambda: [n for n in saved(tmp_path) if ".gen-2" in n] or None, DEADLINE_SECONDS)
         before = max(sealed_folder.age_key(n)[1] for n in saved(tmp_path) if ".gen-1" in n)
         after = min(sealed_folder.age_key(n)[1] for n in saved(tmp_path) if ".gen-2" in n)
-        assert after == before + 8
+        # The next is due 8 steps on, and waits for the end of a probation that is under way.
+        assert before + 8 <= after <= before + 8 + 16
         agent.send_signal(signal.SIGTERM)
         agent.wait(DEADLINE_SECONDS)
     newest = saved(tmp_path)[0]

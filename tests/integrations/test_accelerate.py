@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("accelerate", reason="pip install 'hybrid-predict-trainer[accelerate]'")
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader
 
 from tests.integrations import tiny_models as tiny
@@ -19,6 +20,16 @@ from tests.trainer import own
 from trainer_node.hybrid import Hybrid
 
 BATCHES, KEPT_AFTER = 96, 34
+
+
+@pytest.fixture(autouse=True)
+def _own_state() -> Iterator[None]:
+    """Accelerate keeps one state a process, which other frameworks' tests may have set."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def accelerator() -> Accelerator:

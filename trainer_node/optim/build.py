@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -134,11 +133,16 @@ _MAKERS: Mapping[str, Callable[[Groups, OptimizerSettings, torch.device], torch.
 
 
 def _library(name: str) -> ModuleType:
-    library = LIBRARIES[name]
     try:
-        return import_module(f"{library}.optim" if library == "bitsandbytes" else library)
+        if name == "lion":
+            import pytorch_optimizer
+
+            return pytorch_optimizer
+        import bitsandbytes.optim
+
+        return bitsandbytes.optim
     except ImportError:
-        raise _missing(name, library) from None
+        raise _missing(name, LIBRARIES[name]) from None
 
 
 def _missing(name: str, library: str) -> SettingsError:
