@@ -20,7 +20,7 @@ HASHED_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --qui
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help up test lint gpu lock setup setup-dev clean
+.PHONY: help up test lint gpu docs lock setup setup-dev clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,12 @@ lint: setup-dev ## ruff (rules and format) and mypy --strict on common/
 gpu: setup-dev ## with a GPU: its tests, benchmarks and race, 8 minutes at a time; to the end: make gpu ARGS=--all
 	@$(BIN)/python -m tests.gpu.evidence $(ARGS)
 
+API := trainer_node.hybrid trainer_node.race.library trainer_node.integrations.hf_trainer \
+	trainer_node.integrations.lightning_callback common.messages common.settings common.bus common.recording common.features
+docs: setup-dev ## the API reference, made of the docstrings, into site/
+	@$(BIN)/python -m pdoc --docformat restructuredtext --output-directory site $(API)
+	@echo "open site/index.html"
+
 # Without torch, whose file depends on where it is taken from (TORCH_INDEX), and what only its CUDA build needs.
 lock: setup ## write the *.lock files anew from pyproject.toml and constraints.txt; needs the network
 	@[ -x $(VENV)/lock/bin/uv ] || { $(BIN)/python -m venv $(VENV)/lock && \
@@ -53,7 +59,7 @@ lock: setup ## write the *.lock files anew from pyproject.toml and constraints.t
 	done
 
 clean: ## remove .venv, build leftovers and caches; keeps runs/
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup: $(VENV)/.ready-$(KEY)

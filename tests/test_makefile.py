@@ -48,7 +48,7 @@ def test_make_alone_lists_every_target(clone: Path) -> None:
     result = make(clone)
     assert result.returncode == 0
     assert re.findall(r"^make (\S+)", result.stdout, re.MULTILINE) == [
-        *("help", "up", "test", "lint", "gpu", "lock", "clean")
+        *("help", "up", "test", "lint", "gpu", "docs", "lock", "clean")
     ]
 
 
