@@ -237,7 +237,7 @@ def tree_entries(files: list[str], is_empty: Callable[[str], bool]) -> set[str]:
     entries = set()
     for file in files:
         top, _, rest = file.partition("/")
-        if top.startswith(".") or (file.endswith("__init__.py") and is_empty(file)):
+        if top.startswith(".") or (file.endswith(("__init__.py", "py.typed")) and is_empty(file)):
             continue
         entries.add(file if not rest or top in PACKAGES else f"{top}/")
     return entries
