@@ -25,7 +25,7 @@ from trainer_node.basis import Basis
 from trainer_node.correct import correct_jump
 from trainer_node.decision import ask
 from trainer_node.delta import forecaster_of
-from trainer_node.featurize import StepFacts, note_outcome
+from trainer_node.featurize import note_outcome
 from trainer_node.groups import ParameterGroup
 from trainer_node.jump import abort_jump, fail_jump, finish_jump, start_jump
 from trainer_node.ledger import Ledger
@@ -36,7 +36,14 @@ from trainer_node.memory_state import MemoryState
 from trainer_node.observer import Observer
 from trainer_node.out_of_memory import OutOfMemory
 from trainer_node.prediction import Prediction, PredictionParts
-from trainer_node.progress import Progress, before_jump, first_progress, outcome_without_jump, phase_rules
+from trainer_node.progress import (
+    Progress,
+    before_jump,
+    first_progress,
+    outcome_without_jump,
+    phase_rules,
+    step_facts,
+)
 from trainer_node.step import StepTensors
 from trainer_node.tasks import Task
 from trainer_node.trial import Jump, JumpTools, jump_tools
@@ -62,9 +69,6 @@ class StepAccount(Protocol):
     @property
     def typical_wall_seconds(self) -> float:
         """Of the last steps; 0 before there is one."""
-
-    def facts(self, taken: StepTaken, phase: phases.PhaseState, step: int, skipped_steps: int) -> StepFacts:
-        """Of step `step` (from 1), before which the phase stood at `phase`."""
 
 
 class Cycle:
@@ -140,7 +144,17 @@ class Cycle:
         if self._jump is not None:
             self._jump.step_seconds.append(taken.seconds)
             self._jump.step_passes += taken.passes
-        facts = partial(self._steps.facts, taken, progress.phase, progress.step + 1, progress.skipped_steps)
+        facts = partial(
+            step_facts,
+            progress.phase,
+            self.task,
+            self.settings,
+            step=progress.step + 1,
+            rate_factor=taken.rate_factor,
+            step_seconds=taken.seconds,
+            data_seconds=taken.data_seconds,
+            skipped_steps=progress.skipped_steps,
+        )
         progress.step += 1
         before = progress.phase
         progress.phase = phases.after_step(before, self.rules)

@@ -15,11 +15,8 @@ from torch import Tensor
 from common.settings import TrainerSettings
 from trainer_node import ledger as purposes
 from trainer_node.cycle import StepTaken
-from trainer_node.featurize import StepFacts
 from trainer_node.groups import ParameterGroup
 from trainer_node.ledger import TRAIN_PASSES, Ledger, Span
-from trainer_node.phases import PhaseState
-from trainer_node.progress import step_facts
 from trainer_node.step import StepTensors, gradient_norms
 from trainer_node.tasks import Task
 
@@ -94,18 +91,6 @@ class OwnSteps:
             seconds=span.seconds,
             wall_seconds=span.wall_seconds,
             data_seconds=0.0 if counted else self._data_seconds,
-        )
-
-    def facts(self, taken: StepTaken, phase: PhaseState, step: int, skipped_steps: int) -> StepFacts:
-        return step_facts(
-            phase,
-            self._task,
-            self._settings,
-            step=step,
-            rate_factor=taken.rate_factor,
-            step_seconds=taken.seconds,
-            data_seconds=taken.data_seconds,
-            skipped_steps=skipped_steps,
         )
 
     def _seen(self, loss: Tensor) -> StepTensors:

@@ -24,7 +24,6 @@ from common.settings import TrainerSettings
 from trainer_node import ledger as purposes
 from trainer_node.cycle import StepTaken
 from trainer_node.data import Batch, in_pieces
-from trainer_node.featurize import StepFacts
 from trainer_node.groups import ParameterGroup
 from trainer_node.ledger import TRAIN_PASSES, Ledger
 from trainer_node.memory_state import MemoryState
@@ -37,8 +36,6 @@ from trainer_node.out_of_memory import (
     attempt,
     release,
 )
-from trainer_node.phases import PhaseState
-from trainer_node.progress import step_facts
 from trainer_node.snapshot import random_state, set_random_state
 from trainer_node.step import (
     StepTensors,
@@ -113,19 +110,6 @@ class RealSteps:
             seconds=span.seconds,
             wall_seconds=span.wall_seconds,
             data_seconds=self._data_seconds,
-        )
-
-    def facts(self, taken: StepTaken, phase: PhaseState, step: int, skipped_steps: int) -> StepFacts:
-        """Of step `step` (from 1), before which the phase stood at `phase`."""
-        return step_facts(
-            phase,
-            self._task,
-            self._settings,
-            step=step,
-            rate_factor=taken.rate_factor,
-            step_seconds=taken.seconds,
-            data_seconds=taken.data_seconds,
-            skipped_steps=skipped_steps,
         )
 
     def mean_loss(self, loss_of: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> float:
