@@ -142,9 +142,28 @@ def ranks_of_environment(kind: str, *, on_gpu: bool) -> Iterator[Ranks]:
     if on_gpu:
         _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     with told_plainly():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore(_start_of_this_group(), store),
+            rank=rank,
+            world_size=size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
     yield ProcessGroupRanks()
     dist.destroy_process_group()  # not after an error: it may wait for a rank that waits for this one
+
+
+def _start_of_this_group() -> str:
+    """A name that all ranks of this start share and the ranks of an earlier start never had.
+
+    With torchrun's default rendezvous (static) its store outlives a restart (torch 2.13 makes a new one for
+    c10d alone): a rank would find the address of its dead neighbour there and wait for it forever, seen in
+    one restart of four. The count of restarts is one agent's: several agents need not agree on it.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return "start"
+    return f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _take_gpu(local_rank: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from common.errors import SettingsError
 from common.messages import CheckpointRequest, MemoryAction, MemoryOrder, Order, Outcome, Verdict
@@ -14,6 +15,7 @@ from tests.trainer.small_job import small_job
 from tests.trainer.test_jump import Trial
 from tests.trainer.tiny import ScriptedLinks, tiny_settings
 from trainer_node import out_of_memory, random_states
+from trainer_node import ranks as ranks_module
 from trainer_node.assembly import prepare_task
 from trainer_node.data import Batch
 from trainer_node.out_of_memory import RankOutOfMemory, attempt
@@ -233,3 +235,23 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused_with_the_cure() -> None:
 
     with pytest.raises(SettingsError, match="a multiple of 2"):
         on_ranks(task, settings, Two())
+
+
+def test_a_restart_under_the_same_agent_sees_nothing_that_the_start_before_left_in_its_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    stores: list[dist.Store] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, store, **__: stores.append(store))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(ranks_module, "ProcessGroupRanks", object)
+    of_torchrun = {"WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, text in {**of_torchrun, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}.items():
+        monkeypatch.setenv(name, text)
+    for rank, restarts in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        with ranks_of_environment("ddp", on_gpu=False):
+            pass
+    stores[0].set("address of rank 0", "here")
+    assert [store.check(["address of rank 0"]) for store in stores] == [True, True, False, False]
