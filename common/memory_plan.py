@@ -27,6 +27,7 @@ from functools import lru_cache
 from common.errors import SettingsError
 from common.messages import DIRECTIONS, GroupSpec, Holder, ParameterSpec
 from common.settings import BasisSettings, OptimizerSettings, RunSettings, TrainerSettings
+from common.trying import keeps_directions
 
 BASIS = ("averages", "history", "sample")  # the holders that make up the directions
 NOT_HIDDEN = ("embedding", "head")  # kinds of groups whose matrices Muon leaves to AdamW
@@ -90,7 +91,7 @@ class _Parameter:
 @lru_cache(maxsize=8)  # the page asks for the same plan with every snapshot
 def plan_memory(groups: tuple[GroupSpec, ...], settings: RunSettings, site: Site) -> MemoryPlan:
     """Raises SettingsError for an optimizer whose state is not known here."""
-    trainer, predicts = settings.trainer, settings.predictor.enabled
+    trainer, predicts = settings.trainer, keeps_directions(settings)
     parameters = list(_parameters(groups, site.num_shards))
     trained_bytes = sum(p.num_bytes for p in parameters)
     state_bytes, counter_bytes = optimizer_bytes(parameters, trainer.optimizer)

@@ -9,6 +9,7 @@ import enum
 
 from common.messages import APPLIED_VERDICTS, Verdict
 from common.streams import TRAINER
+from common.trying import may_ever_jump, why_never
 from monitor_node.liveness import Liveness
 from monitor_node.pace import Pace, whole_pace
 from monitor_node.peak_forecast import seconds_until
@@ -73,6 +74,8 @@ def _doing(view: RunView, status: RunStatus) -> str:
 def _prediction(view: RunView) -> str:
     pace = whole_pace(view.time, view.worth)
     applied = sum(view.verdicts[verdict] for verdict in APPLIED_VERDICTS)
+    if view.has_settings and view.settings.predictor.enabled and not may_ever_jump(view.settings):
+        return f"Plain training: {why_never(view.settings)}."
     if pace is None or (view.has_settings and not view.settings.predictor.enabled):
         if not applied:
             return ""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.errors import CheckpointError
+from common.trying import WORST_FACTOR
 
 
 class ExplorationBudget:
@@ -32,7 +33,9 @@ class ExplorationBudget:
     a run that is stopped early may then have lost more than its share.
     """
 
-    def __init__(self, share: float, *, planned_passes: float = 0.0, worst_factor: float = 2.0) -> None:
+    def __init__(
+        self, share: float, *, planned_passes: float = 0.0, worst_factor: float = WORST_FACTOR
+    ) -> None:
         """Raises ValueError unless share >= 0, planned_passes >= 0, worst_factor >= 1, all finite."""
         finite = all(map(math.isfinite, (share, planned_passes, worst_factor)))
         if not finite or share < 0.0 or planned_passes < 0.0 or worst_factor < 1.0:

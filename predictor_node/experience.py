@@ -15,6 +15,7 @@ from typing import Any
 from common.errors import CheckpointError
 from common.messages import APPLIED_VERDICTS, Forecast, Observation, Outcome, PhaseDecision, Verdict
 from common.settings import RunSettings
+from common.trying import check_passes, refusal_passes
 from predictor_node.arms import SLOW
 from predictor_node.bandit import REST, LinUCB, Prior
 from predictor_node.budget import ExplorationBudget
@@ -97,15 +98,9 @@ class Experience:
         share = (self._undone + 1.0) / (self._applied + 3.0)
         return share if imagined is None else 0.5 * (share + imagined)
 
-    def check_passes(self, chunks: int = 1) -> float:
-        """Of one jump: a check before it, one after each part, one at the end of the probation."""
-        verify = self._trainer.verify
-        return float((2 + chunks) * verify.guard_batches * verify.enabled)
-
     def can_ever_afford(self) -> bool:
         """Whether the whole run pays for one refusal: where it does not, nothing is ever tried."""
-        worst_passes = self.check_passes() + self._trainer.probation_steps * self.step_passes
-        return worst_passes <= self.budget.most_passes
+        return refusal_passes(self._trainer) <= self.budget.most_passes
 
     def affordable_cost(self, arm: str, *, refusal: float, mean_reward: float, chunks: int) -> float | None:
         """Expected cost less gain of a proposal in passes, or None if the budget does not allow it.
@@ -114,12 +109,12 @@ class Experience:
         and a refusal cost.
         """
         probation_passes = self._trainer.probation_steps * self.step_passes
-        check_passes = self.check_passes(chunks)
-        expected = check_passes + refusal * probation_passes
+        checks = check_passes(self._trainer, chunks)
+        expected = checks + refusal * probation_passes
         if self.bandit.pulls[arm] >= FEW_PULLS:
             gained_cycles = math.atanh(max(-0.9, min(0.9, mean_reward)))
             expected = -gained_cycles * self.cycle_steps * self.step_passes
-        return expected if self.budget.allows(expected, check_passes + probation_passes) else None
+        return expected if self.budget.allows(expected, checks + probation_passes) else None
 
     def decided(self, decision: PhaseDecision, *, raw_spread: float, slope_nats: float) -> None:
         """Remember the decision, and its forecast for the day that it can be compared.

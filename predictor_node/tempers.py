@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.trying import EXPLORATION_SHARES
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Temper:
@@ -26,7 +28,7 @@ TEMPERS = {
         first_share=0.5,
         max_horizon_steps=25,
         max_refusal=0.25,
-        exploration_share=0.005,
+        exploration_share=EXPLORATION_SHARES["conservative"],
         optimism=0.25,
         trust_norm=0.01,
     ),
@@ -35,7 +37,7 @@ TEMPERS = {
         first_share=0.5,
         max_horizon_steps=64,
         max_refusal=0.5,
-        exploration_share=0.01,
+        exploration_share=EXPLORATION_SHARES["balanced"],
         optimism=0.5,
         trust_norm=0.03,
     ),
@@ -44,7 +46,7 @@ TEMPERS = {
         first_share=0.1,
         max_horizon_steps=128,
         max_refusal=0.75,
-        exploration_share=0.05,
+        exploration_share=EXPLORATION_SHARES["aggressive"],
         optimism=1.0,
         trust_norm=0.1,
     ),

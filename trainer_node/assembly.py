@@ -12,6 +12,7 @@ from common.clock import Clock
 from common.errors import EnvironmentFault
 from common.messages import DIRECTIONS, Message, RunStarted
 from common.settings import RunSettings, TrainerSettings
+from common.trying import keeps_directions
 from trainer_node.basis import Basis
 from trainer_node.cycle import Cycle
 from trainer_node.groups import ParameterGroup, parameter_groups, told_groups
@@ -64,7 +65,7 @@ def build_loop(
     snapshot_folder: Path | None,
     report: Report = no_report,
 ) -> Loop:
-    """The loop of a fresh run. Without prediction it holds no basis and takes no snapshots.
+    """The loop of a fresh run; where no jump can ever come, without basis and snapshots (common/trying.py).
 
     `snapshot_folder` also takes the picture of a memory that ran out. Raises SettingsError for an average
     that nobody keeps.
@@ -79,7 +80,7 @@ def build_loop(
         optimizers,
         groups,
         trainer,
-        parts=parts if settings.predictor.enabled else None,
+        parts=parts if keeps_directions(settings) else None,
         links=links,
         emit=emit,
         housekeeping=housekeeping,

@@ -24,6 +24,7 @@ from common.message_bounds import (
 )
 from common.messages import GroupSpec, Holder
 from common.settings import RunSettings, TrainerSettings
+from common.trying import may_ever_jump, why_never
 from trainer_node.checkpoint_buffer import free_host_bytes
 from trainer_node.checkpoint_content import model_tensors
 from trainer_node.groups import parameter_groups
@@ -136,8 +137,8 @@ def _words(plan: RunPlan, settings: RunSettings) -> Iterator[str]:
         f"messages     a step {size(messages.observation)}, a decision point {size(messages.decision_point)}"
         f" more, a decision {size(messages.decision)}: at most, for any number of weights"
     )
-    if not settings.predictor.enabled:
-        yield "prediction   off"
+    if not may_ever_jump(settings):
+        yield f"prediction   {why_never(settings)}"
     else:
         yield (
             f"prediction   in forward passes: a step {cost.step:g}, a decision to rest {cost.rest:g}, a jump"

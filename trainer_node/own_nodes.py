@@ -29,6 +29,7 @@ from common.errors import UserError
 from common.messages import HealthSample, Message, RunEnded
 from common.settings import RunSettings
 from common.streams import TRAINER
+from common.trying import keeps_directions, why_never
 from trainer_node import run_folder
 from trainer_node.assembly import prediction_parts, run_started
 from trainer_node.children import Nodes
@@ -131,7 +132,7 @@ class _RunOnDisk:
         optimizers: Sequence[torch.optim.Optimizer],
         device: torch.device,
     ) -> PredictionParts | None:
-        if not self.settings.predictor.enabled:
+        if not keeps_directions(self.settings):
             return None
         return prediction_parts(groups, optimizers, self.settings.trainer, device, self.run.path)
 
@@ -202,6 +203,8 @@ class ConnectedNodes(_RunOnDisk):
         put = self._open_metrics(is_resumed=bool(resumed_from), on_failure=self._connection.alarm)
         self._connection.begin(loop, resumed_from=resumed_from, listeners=[put])
         _say(f"run {self.run.path}")
+        if why := why_never(self.settings):
+            _say(f"plain training, observed: {why}")
         if self.settings.trainer.decision_mode == "lockstep" and self.settings.predictor.enabled:
             self._connection.wait_for_predictor()
 

@@ -17,6 +17,7 @@ import click
 
 from common.embedded import start_server
 from common.settings import RunSettings
+from common.trying import why_never
 from trainer_node import run_folder
 from trainer_node.children import POLL_SECONDS, Nodes
 from trainer_node.run_folder import RunFolder
@@ -38,6 +39,8 @@ def start_run(settings: RunSettings, *, run_id: str, runs_dir: Path) -> int:
     run = run_folder.create(runs_dir, run_id, settings)
     click.echo(f"task   {task.description}", err=True)
     click.echo(f"memory {plan}", err=True)
+    if why := why_never(settings):
+        click.echo(f"plan   plain training, observed: {why}", err=True)
     del task
     return _run_nodes(run, settings)
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-QUICK = ("trainer.statistics_steps=16", "trainer.window_steps=8", "trainer.probation_steps=8")
-FIXED = (*QUICK, "predictor.policy=fixed", "predictor.rest_windows=0", "predictor.horizon_steps=[8]")
+# The fixed policy keeps directions in a run of any length, and here it rests: all works, nothing jumps.
+RESTING = ("predictor.policy=fixed", "predictor.rest_windows=1000")
+QUICK = ("trainer.statistics_steps=16", "trainer.window_steps=8", "trainer.probation_steps=8", *RESTING)
+FIXED = (*QUICK, "predictor.rest_windows=0", "predictor.horizon_steps=[8]")
 VOCABULARY, CONTEXT, BATCH = 17, 12, 4
 
 

@@ -23,7 +23,7 @@ ARMS = ("adamw-decay", "ours-random", "ours-fixed")
 
 
 def made(arm: str, after_step=lambda: None) -> RunResult:
-    key = RunKey(task="digits", arm=arm, config=(), planned_steps=60, seed=1, purpose="time")
+    key = RunKey(task="digits", arm=arm, config=(), planned_steps=80, seed=1, purpose="time")
     return run_arm(key, BASE, clock=ThreadClock(), after_step=after_step)
 
 

@@ -12,6 +12,8 @@ from common.messages import Message, Phase, PhaseDecision
 from trainer_node.hybrid import Hybrid
 
 Batch = tuple[Tensor, Tensor]
+# The fixed policy keeps directions in a run of any length, and here it rests: all works, nothing jumps.
+RESTING = ("predictor.policy=fixed", "predictor.rest_windows=1000")
 QUICK = ("trainer.statistics_steps=16", "trainer.window_steps=8", "trainer.probation_steps=8")
 FIXED = (*QUICK, "predictor.policy=fixed", "predictor.rest_windows=0", "predictor.horizon_steps=[8]")
 
@@ -56,7 +58,7 @@ def in_process(
     return Hybrid(
         model,
         optimizer,
-        **{"redis": "memory://", "runs_dir": folder, "steps": 400, "settings": lines, **options},  # type: ignore[arg-type]
+        **{"redis": "memory://", "runs_dir": folder, "steps": 500, "settings": lines, **options},  # type: ignore[arg-type]
     )
 
 

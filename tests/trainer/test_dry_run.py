@@ -76,7 +76,7 @@ def test_the_table_says_what_the_plan_holds() -> None:
 def test_without_prediction_no_basis_is_spoken_of() -> None:
     settings = load_settings(preset="nano", overrides=["predictor.enabled=false"])
     assert "basis" not in plan_line(settings)
-    assert "prediction   off" in plan_lines(settings)
+    assert "prediction   prediction is off" in plan_lines(settings)
 
 
 BAD = {

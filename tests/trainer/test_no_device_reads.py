@@ -13,7 +13,7 @@ from common.clock import SystemClock
 from tests import device_reads
 from tests.device_reads import DEVICE, OnDevice, Reads, device_in_use, put_on_device
 from tests.trainer.memory_scene import gpt_settings, gpt_task
-from tests.trainer.own import batches, in_process, job, loss_of
+from tests.trainer.own import RESTING, batches, in_process, job, loss_of
 from tests.trainer.tiny import ScriptedLinks
 from trainer_node.assembly import build_loop
 from trainer_node.data import Batch
@@ -136,7 +136,7 @@ def hybrid_steps(reads: Reads, folder: Path, *, own: bool, spoil: Callable[[Tens
     model, optimizer = job(fused=True)
     put_on_device(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    lines = ("trainer.statistics_steps=4", "trainer.window_steps=64", "trainer.decision_mode=live")
+    lines = (*RESTING, "trainer.statistics_steps=4", "trainer.window_steps=64", "trainer.decision_mode=live")
     with in_process(model, optimizer, folder, *lines) as hybrid:
         for number, plain in enumerate(batches(40)):
             batch = tuple(t.as_subclass(OnDevice) for t in plain)
