@@ -16,7 +16,8 @@ import torch
 from tests.trainer.memory_scene import Scene, gpt_settings
 from tests.trainer.own import batches, in_process, job, loss_of
 from tests.trainer.test_fused_apply import COEFFICIENTS, scene
-from trainer_node.fused_apply import Difference, Direction, move_along, reference
+from trainer_node import compiled_pass
+from trainer_node.fused_apply import Difference, Direction, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,13 +103,9 @@ def test_the_compiled_pass_moves_the_weights_of_the_reference_and_waits_for_noth
         assert isinstance(drift, Difference)
         directions: list[Direction] = [momentum.to(CUDA), Difference(made.average, drift.subtrahend.to(CUDA))]  # type: ignore[union-attr]
         made.directions = [*directions, slow.to(CUDA), Difference(made.average, made.weights)]  # type: ignore[union-attr]
-    move_along(scene((length,)).weights.to(CUDA), [ours.directions[0]], [1.0])  # its compiling may wait
-    copy = ours.weights.clone()
-    move_along(
-        copy, [*ours.directions[:3], Difference(ours.average, copy)], COEFFICIENTS, along=[copy.clone()]
-    )
+    compiled_pass.prepare(ours.weights, ours.directions, along=[ours.average])  # its compiling may wait
     watch(True)
-    square = move_along(ours.weights, ours.directions, COEFFICIENTS, along=[ours.average])
+    square = compiled_pass.move_along(ours.weights, ours.directions, COEFFICIENTS, along=[ours.average])
     watch(False)
     expected = reference(theirs.weights, theirs.directions, COEFFICIENTS, along=[theirs.average])
     torch.testing.assert_close(ours.weights, theirs.weights, rtol=1e-6, atol=1e-5)
