@@ -6,7 +6,7 @@ configured, durations in log10 seconds (lockstep: log10 forward-equivalents), sh
 what there is. A value that cannot be known yet is 0.0 and its `has_` feature is 0.0.
 """
 
-VERSION = 1
+VERSION = 2
 
 LOSS = (
     "loss", "loss_ema_4", "loss_ema_16", "loss_ema_64", "loss_mean_16", "loss_std_16", "loss_min_16",
@@ -39,5 +39,10 @@ JUMPS = (
     "loss_over_guard", "attempts_log10", "has_guard_loss", "guard_loss",
 )  # fmt: skip
 
-NAMES: tuple[str, ...] = LOSS + GRADIENT + OPTIMIZER + SCHEDULE + DATA + COST + JUMPS
+CONTROLS = (
+    "has_noise_scale", "log10_noise_scale_over_batch", "progress_per_second", "has_average",
+    "distance_to_average_over_norm", "log2_rate_factor", "log2_batch_factor", "context_share",
+)  # fmt: skip
+
+NAMES: tuple[str, ...] = LOSS + GRADIENT + OPTIMIZER + SCHEDULE + DATA + COST + JUMPS + CONTROLS
 INDEX: dict[str, int] = {name: position for position, name in enumerate(NAMES)}

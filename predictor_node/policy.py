@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from common.messages import (
-    Controls,
     DecisionPoint,
     Forecast,
     Observation,
@@ -103,7 +102,7 @@ def make_decision(
         num_groups=point.num_groups,
         num_directions=len(point.directions),
         coefficients=coefficients,
-        controls=Controls(),
+        controls=None,
         forecast=forecast,
         base_generation=point.generation,
         base_step=step,
