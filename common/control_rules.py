@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from common.control_settings import ControlSettings
 from common.messages import Controls
+from common.schedule import decay_start_step
 from common.settings import ScheduleSettings, TrainerSettings
 
 NEUTRAL = Controls()
@@ -145,16 +146,15 @@ def _decay_breach(wanted: Controls, now: Controls, settings: TrainerSettings, cl
     tail = (wanted.decay_start, wanted.decay_steps)
     if tail == (now.decay_start, now.decay_steps):
         return ""
-    if now.decay_steps and clock > now.decay_start:
+    if tail != (0, 0):
+        if settings.schedule.name != "wsd":
+            return f"decay_start needs the wsd schedule, not {settings.schedule.name}"
+        start, steps = tail
+        if not (steps >= 1 and start >= max(clock, settings.schedule.warmup_steps)):
+            return f"decay from {start} over {steps} steps does not lie ahead of {clock:g}"
+        if start + steps > settings.steps:
+            return f"a tail that ends after the {settings.steps} steps of the run"
+    # Of the tail that is chosen, or else of the settings': moved once it has begun, the rate would jump.
+    if clock > min(decay_start_step(*schedule_of(tails, settings)) for tails in (now, wanted)):
         return "the decay has begun: it cannot be moved any more"
-    if tail == (0, 0):
-        return ""
-    if settings.schedule.name != "wsd":
-        return f"decay_start needs the wsd schedule, not {settings.schedule.name}"
-    if not (wanted.decay_steps >= 1 and wanted.decay_start >= max(clock, settings.schedule.warmup_steps)):
-        return (
-            f"decay from {wanted.decay_start} over {wanted.decay_steps} steps does not lie ahead of {clock:g}"
-        )
-    if wanted.decay_start + wanted.decay_steps > settings.steps:
-        return f"a tail that ends after the {settings.steps} steps of the run"
     return ""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from common import messages as m
+from monitor_node.control_book import ControlBook
 from monitor_node.series import Curve, Strip, append_bounded
 
 STACKING = ("weights", "optimizer", "gradients", "averages", "history", "snapshot")  # from the bottom
@@ -87,6 +88,7 @@ class RunCurves:
     holders: HolderStack = field(default_factory=HolderStack)
     jumps: list[tuple[int, str, int]] = field(default_factory=list)  # (base step, verdict, horizon)
     proposals: list[ProposalMark] = field(default_factory=list)
+    controls: ControlBook = field(default_factory=ControlBook)
     _units_at: tuple[int, float] = (0, 0.0)  # (step, units) of the newest step that is kept
 
     def stepped(self, step: int, phase: m.Phase, sent_unix_seconds: float) -> None:
@@ -109,11 +111,13 @@ class RunCurves:
         if outcome.verdict in m.APPLIED_VERDICTS and outcome.probation_steps > 0:
             end_step = outcome.base_step + outcome.probation_steps
             self.forecast.add(end_step, outcome.loss_forecast, outcome.loss_spread)
+        self.controls.settled(outcome)
 
     def cut_above(self, step: int) -> None:
         for curve in (self.train, self.held_out, self.forecast, self.seconds, self.units):
             curve.cut_above(step)
         self.phases.cut_above(step)
+        self.controls.cut_above(step)
         if self._units_at[0] > step:
             self._units_at = _units_at(self._units_at, self.units.points(), step)
 

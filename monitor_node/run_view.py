@@ -73,7 +73,7 @@ class RunView:
     first_held_out_loss: float | None = None
     checkpoints: tuple[CheckpointRow, ...] = ()  # oldest first
     decision: m.PhaseDecision | None = None
-    proposals: int = 0  # decisions with a horizon above zero
+    proposals: int = 0  # of jumps and of controls
     verdicts: Counter[m.Verdict] = field(default_factory=Counter)
     lost_steps: int = 0
     sample: m.VramSample | None = None
@@ -173,6 +173,7 @@ class RunView:
             text = f"features are version {message.feature_version}, this monitor reads {features.VERSION}"
             self._warn("feature_version", f"{text}: loss and speed stay unknown; install one version", 0.0)
         self._undo_above(message.first_step)
+        self.curves.controls.started(message.generation)
         self._told_virtual_steps = 0
         self.step = message.first_step
         self.guard.trainer_started()
@@ -197,6 +198,7 @@ class RunView:
             self.units_per_step = 10.0 ** min(message.features[_UNITS_PER_STEP], 18.0)
             self.curves.train.add(message.step, self.loss)
             self.curves.used(message.step, self.units_per_step)
+            self.curves.controls.observed(message.step, message.features)
 
     def _fold_heartbeat(self, message: m.Heartbeat, sent_unix_seconds: float, at_seconds: float) -> None:
         self.watch.heard(message, at_seconds=at_seconds)
@@ -211,7 +213,8 @@ class RunView:
     def _fold_decision(self, message: m.PhaseDecision) -> None:
         self.decision = message
         self.divergence = divergence.decided(self.divergence, message)
-        if message.horizon_steps > 0:
+        self.curves.controls.decided(message)
+        if message.horizon_steps > 0 or message.phase is m.Phase.PREDICT:
             self.proposals += 1
             self._decisions[message.decision_id] = message
             if len(self._decisions) > 64:

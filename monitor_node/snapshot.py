@@ -8,12 +8,13 @@ numbers and a reader must not take them for "unknown". Sizes are in bytes, `at` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.messages import Verdict
 from common.streams import NODES
 from monitor_node.checkpoint_checks import checkpoint_rows
+from monitor_node.control_section import control_series, controls_section, expected_steps, is_shown
 from monitor_node.divergence import Level
 from monitor_node.liveness import Liveness
 from monitor_node.memory_snapshot import memory_section, order_row
@@ -31,7 +32,7 @@ def as_dict(view: RunView, *, now_seconds: float) -> dict[str, Any]:
     status = status_of(view, now_seconds)
     progress = _progress(view, status)
     settings_toml = view.started.settings_toml if view.started else None
-    sections = {
+    sections: dict[str, Any] = {
         "run": _run(view, status, words(view, status, now_seconds)),
         "progress": progress,
         "pace": pace_section(whole_pace(view.time, view.worth)),
@@ -56,7 +57,11 @@ def as_dict(view: RunView, *, now_seconds: float) -> dict[str, Any]:
         "holder_names": view.curves.holders.names,
         "marks": {"train": _marks(view.curves.train), "held_out": _marks(view.curves.held_out)},
     }
-    return {**{name: plain(section) for name, section in sections.items()}, "series": _series(view)}
+    series = _series(view)
+    if is_shown(view):
+        sections["controls"] = controls_section(view)
+        series |= _rows_of(control_series(view))
+    return {**{name: plain(section) for name, section in sections.items()}, "series": series}
 
 
 def plain(value: Any) -> Any:
@@ -92,7 +97,11 @@ def _series(view: RunView) -> dict[str, list[Any]]:
         "proposals": curves.proposals,
         "pace": pace_rows(view.time, view.worth),
     }
-    return {name: list(map(list, of_curve)) for name, of_curve in rows.items()}
+    return _rows_of(rows)
+
+
+def _rows_of(curves: Mapping[str, Sequence[Sequence[Any]]]) -> dict[str, list[Any]]:
+    return {name: list(map(list, rows)) for name, rows in curves.items()}
 
 
 def _run(view: RunView, status: RunStatus, line: str) -> dict[str, Any]:
@@ -113,7 +122,7 @@ def _run(view: RunView, status: RunStatus, line: str) -> dict[str, Any]:
 
 
 def _progress(view: RunView, status: RunStatus) -> dict[str, Any]:
-    total_steps = view.settings.trainer.steps if view.has_settings else None
+    total_steps = expected_steps(view)
     is_moving = status in (RunStatus.RUNNING, RunStatus.STOPPING)
     steps_per_second = view.steps_per_second
     units_per_second = None

@@ -32,6 +32,7 @@ from predictor_node.policy import (
     PolicyState,
     basis_reason,
     history_reason,
+    is_in_tail,
     make_decision,
     phase_of_run_reason,
     rest,
@@ -134,7 +135,7 @@ class LearnedPolicy:
         )
 
     def _rest_reason(self, point: DecisionInput, curve: LossCurve | None) -> str:
-        settings, step = self._settings, point.observation.step
+        settings, step = self._settings, point.schedule_step
         if not settings.predictor.enabled:
             return "prediction is off"
         if not self.experience.can_ever_afford():
@@ -145,8 +146,7 @@ class LearnedPolicy:
         return reason or basis_reason(point)
 
     def _rests_to_the_end(self, point: DecisionInput) -> bool:
-        tail_step = tail_start_step(self._settings.trainer.schedule, self._settings.trainer.steps)
-        return point.observation.step >= tail_step or not self.experience.can_ever_afford()
+        return is_in_tail(self._settings, point) or not self.experience.can_ever_afford()
 
     def _first_step(self) -> float:
         trainer = self._settings.trainer

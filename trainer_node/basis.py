@@ -71,6 +71,7 @@ class Basis:
         device = self.parameters[0].device
         self._former_GKm = torch.zeros(self.num_groups, K, settings.sample_size, device=device)
         self._has_former = torch.zeros((), dtype=torch.int64)
+        self.has_compiled_pass = False  # delta.compile_pass
         self.history: WeightHistory | None = None
         if settings.history_snapshots > 0:
             _check_sample_fits(settings.history_sample, len(groups))
@@ -217,10 +218,10 @@ class Basis:
         """This rank's part: the sample is whole when `out` was summed over the shards."""
         self._sample.gather(out_Gm.unsqueeze(1), index, [tensor.reshape(-1).float()])
 
-    def sample_at(self, out_Gm: Tensor, index: int, values_at: Callable[[Tensor], Tensor]) -> None:
-        """The same of a tensor that is not made: `values_at` gives its values (n,) at flat positions (n,)."""
+    def sample_place(self, out_Gm: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Flat positions (n,), ascending, of the sampled weights, and the part (n,) of out that is theirs."""
         group, first, positions = self._sample.place_of(index)
-        out_Gm[group, first : first + len(positions)] = values_at(positions)
+        return positions, out_Gm[group, first : first + len(positions)]
 
     def empty_sample(self) -> Tensor:
         return torch.zeros_like(self._former_GKm[:, 0])

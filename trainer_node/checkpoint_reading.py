@@ -31,6 +31,7 @@ from trainer_node.checkpoint_content import (
     table_of,
     unreadable,
 )
+from trainer_node.controls import as_allowed, check_place
 from trainer_node.loop import Loop
 from trainer_node.memory_orders import put_in_force
 from trainer_node.memory_state import MemoryState, memory_state_from_json
@@ -80,9 +81,13 @@ def read(folder: Path, loop: Loop) -> Saved:
         for table in (state["parameters"], table_of(tensors["model"])):
             check_same_model(folder, table, parameter_table(loop.task.model))
         check_optimizer_state(tensors["optimizer"], loop.optimizers)
+        progress = progress_from_json(state["progress"], loop.rules)
+        progress.controls = as_allowed(progress.controls, loop.settings)
+        for steps in (progress.clock, progress.data_step):
+            check_place(steps, loop.settings, loop.task.split.ranks.size)
         return Saved(
             tensors=tensors,
-            progress=progress_from_json(state["progress"], loop.rules),
+            progress=progress,
             optimizer_values=state["optimizer_values"],
             ledger=state["ledger"],
             housekeeping=dict(state["housekeeping"]),

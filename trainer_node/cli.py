@@ -17,6 +17,7 @@ from common.config import dump_settings, load_settings, preset_names, setting_ro
 from common.errors import SettingsError
 from common.parent import stop_on_signals, stop_when_parent_goes
 from common.settings import RunSettings
+from trainer_node.race.rules import RULES as RACE_RULES
 
 RUNS_DIR = "runs"
 
@@ -257,8 +258,8 @@ def list_settings() -> None:
 @click.argument("task", required=False)
 @click.option("--arms", metavar="A,B", help="Default: all that belong to the rule; see --list.")
 @click.option("--seeds", type=int, metavar="N", help="Initial weights and batches; default: 10.")
-@click.option("--trials", type=int, metavar="N", help="Of tuning, the same for every arm; default: 8.")
-@click.option("--rule", type=click.Choice(["constant", "decayed", "fitted"]), help="Default: decayed.")
+@click.option("--trials", type=int, metavar="N", help="Of tuning, for every arm alike; default: 8 or 16.")
+@click.option("--rule", type=click.Choice(list(RACE_RULES)), help="Default: decayed; see --list.")
 @click.option("--budget", "budget_minutes", type=float, metavar="MIN", help="Start no run after that.")
 @click.option("--workers", type=int, metavar="N", help="Processes; default: physical cores.")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: races/<task>.<rule>.")

@@ -2,27 +2,31 @@
 
 delta_theta = sum_k c[g, k] d[g, k], or the displacement of the per-weight forecaster where a decision
 brings one; added in place, one parameter at a time: a sum of directions in one pass over memory where that
-is faster (fused_apply.py), any other delta made as a whole. On CPU a jump has the same bits either way.
+is faster (fused_apply.py), any other delta made as a whole. On CPU a jump has the same bits either way; not
+where the user wants it compiled (compiled_pass.py).
 Undoing is not this file's business: adding and subtracting a delta is not exact, so snapshot.py restores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.messages import DIRECTIONS, PhaseDecision
+from trainer_node import compiled_pass, fused_apply
 from trainer_node.averages import Averages
 from trainer_node.basis import Basis
-from trainer_node.fused_apply import delta_at, move_along
+from trainer_node.fused_apply import Direction, Sample
 from trainer_node.weight_forecast import WeightForecaster, read_forecaster
 
 _ABLATION_STREAM = 0xAB1A7E
+_MOMENTUM = DIRECTIONS.index("momentum")
+_log = logging.getLogger(__name__)
 # Weights of a parameter from which one pass pays. Below, whole tensors fit into the cache, and the sample,
 # taken term by term, costs more than is saved: parity at 128 Ki, 0.4 times the speed at 12 Ki (one thread
 # of an Intel Xeon, 2026-11-21).
@@ -62,8 +66,9 @@ def forecaster_of(basis: Basis, decision: PhaseDecision) -> WeightForecaster | N
 def apply_delta(basis: Basis, coefficients_GK: Tensor) -> AppliedDelta:
     """Move the weights; the averages move along, so that a jump is not taken for drift.
 
-    It is `move` by `linear_deltas`, on CPU with the same weights, averages and samples to the bit. Of a large
-    parameter no delta and no difference is made as a whole, and the norm has another order of summation.
+    It is `move` by `linear_deltas`, on CPU with the same weights, averages and samples to the bit, and after
+    `compile_pass` within the bounds of compiled_pass.py. Of a large parameter no delta and no difference is
+    made as a whole, and the norm has another order of summation.
     """
     square, sample_Gm = _nothing_moved(basis)
     rows = coefficients_GK.tolist()
@@ -72,14 +77,43 @@ def apply_delta(basis: Basis, coefficients_GK: Tensor) -> AppliedDelta:
         if not any(row):
             continue  # as in linear_deltas
         weights, averages = basis.parameters[index], basis.averages
-        if _fits_one_pass(weights, averages):
-            terms = [momentum, *averages.terms(index, weights)]
-            basis.sample_at(sample_Gm, index, partial(delta_at, terms, row, dtype=weights.dtype))
-            square += move_along(weights, terms, row, along=averages.moved_along(index))
+        if basis.has_compiled_pass and _is_large(weights, averages):
+            square += _move_in_one_pass(basis, sample_Gm, index, momentum, row, compiled_pass.move_along)
+        elif _fits_one_pass(weights, averages):
+            square += _move_in_one_pass(basis, sample_Gm, index, momentum, row, fused_apply.move_along)
         else:
             delta = _linear_delta(weights, [momentum, *basis.window_directions(index)], row)
             square += _move_one(basis, sample_Gm, index, delta)
     return _applied(basis, square, sample_Gm)
+
+
+@torch.no_grad()
+def compile_pass(basis: Basis) -> None:
+    """Jumps of this basis take a compiled pass from here on, on CPU and GPU; all ranks together.
+
+    Compiles now, so that no jump waits for it: for the types of the large parameters, with momentum and
+    without. Where that is not possible one line is logged, and jumps stay as they are.
+    """
+    failure = ""
+    try:
+        for weights, directions, along in _kinds(basis):
+            compiled_pass.prepare(weights, directions, along=along)
+    except RuntimeError as error:  # whatever is missing, torch tells it by one of these
+        failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+        _log.warning("jumps are not compiled: %s", failure)
+    # Other ranks would have other bits.
+    basis.has_compiled_pass = not basis.split.ranks.any(failure != "")
+
+
+def _kinds(basis: Basis) -> Iterator[tuple[Tensor, list[Direction], list[Tensor]]]:
+    """Weights, directions and what moves along: one parameter of each type, with momentum and without."""
+    averages, seen = basis.averages, set()
+    for index, weights in enumerate(basis.parameters):
+        if _is_large(weights, averages) and weights.dtype not in seen:
+            seen.add(weights.dtype)
+            terms, along = averages.terms(index, weights), averages.moved_along(index)
+            yield weights, terms, along
+            yield weights, [weights.new_zeros(()), *terms], along
 
 
 @torch.no_grad()
@@ -125,15 +159,36 @@ def equal_parts(basis: Basis, deltas: Iterable[tuple[int, Tensor]], count: int) 
     return [(index, delta.div_(count)) for index, delta in deltas]
 
 
-def _fits_one_pass(weights: Tensor, averages: Averages) -> bool:
-    """Not a small parameter, one whose averages are on another device, nor one in half precision.
+def _move_in_one_pass(
+    basis: Basis,
+    sample_Gm: Tensor,
+    index: int,
+    momentum: Tensor,
+    row: Sequence[float],
+    move_along: Callable[..., Tensor],
+) -> Tensor:
+    """|delta|^2, ()."""
+    weights, averages = basis.parameters[index], basis.averages
+    terms, used = averages.terms(index, weights), [c for k, c in enumerate(row) if k != _MOMENTUM]
+    if row[_MOMENTUM] != 0.0:  # else it was not made
+        terms, used = [momentum, *terms], [row[_MOMENTUM], *used]
+    sample = Sample(*basis.sample_place(sample_Gm, index))
+    return move_along(weights, terms, used, along=averages.moved_along(index), sample=sample)
 
-    On a CPU torch (2.13) rounds a + c * b otherwise in the last few elements of a tensor than in the others
-    (scalar and vector code), so where blocks and samples end would show in the bits. Nor one on a GPU: its
-    compiled pass has not been run on one yet (tests/gpu/test_no_sync.py, `make gpu`).
+
+def _fits_one_pass(weights: Tensor, averages: Averages) -> bool:
+    """Uncompiled: a large parameter of full precision, on a CPU.
+
+    In half precision torch (2.13) rounds a + c * b otherwise in the last few elements of a tensor than in the
+    others (scalar and vector code), so where blocks end would show in the bits. On a GPU a block is a launch.
     """
     keeps_bits = weights.device.type == "cpu" and torch.finfo(weights.dtype).bits >= 32
-    return keeps_bits and averages.are_with_weights and weights.numel() >= SMALLEST_ONE_PASS
+    return keeps_bits and _is_large(weights, averages)
+
+
+def _is_large(weights: Tensor, averages: Averages) -> bool:
+    """And its averages are not on another device."""
+    return averages.are_with_weights and weights.numel() >= SMALLEST_ONE_PASS
 
 
 def _linear_delta(weights: Tensor, directions: Sequence[Tensor], row: Sequence[float]) -> Tensor:
@@ -153,7 +208,7 @@ def _move_one(basis: Basis, sample_Gm: Tensor, index: int, delta: Tensor) -> Ten
 
 
 def _asks_momentum(coefficients_GK: Tensor) -> bool:
-    return bool(coefficients_GK[:, DIRECTIONS.index("momentum")].any())
+    return bool(coefficients_GK[:, _MOMENTUM].any())
 
 
 def _nothing_moved(basis: Basis) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ beyond storing a few numbers. Without a terminal it prints a line every few seco
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -17,7 +18,7 @@ from common.messages import Alert, Evaluation, Message, Observation, Outcome, Ve
 
 _LINE_SECONDS = 10.0
 _RATE_WINDOW_STEPS = 50
-_LOSS = INDEX["loss_ema_16"]
+_LOSS, _PROGRESS, _UNITS = INDEX["loss_ema_16"], INDEX["progress"], INDEX["log10_units_per_step"]
 
 
 class Display:
@@ -63,6 +64,7 @@ class Display:
             case Observation():
                 self._step, self._phase = message.step, message.phase.value
                 self._loss = message.features[_LOSS]
+                self._note_batch(message.features[_PROGRESS], message.features[_UNITS])
                 self._real_steps += 1
                 self._times = [*self._times[-_RATE_WINDOW_STEPS:], (time.monotonic(), self._real_steps)]
                 self._draw()
@@ -77,6 +79,12 @@ class Display:
                 self._held_out = message.loss
             case Alert():
                 self._console.print(f"{message.severity}: {message.text}", markup=False, soft_wrap=True)
+
+    def _note_batch(self, progress: float, log10_units: float) -> None:
+        """A batch that was changed changes the number of steps, and what is in one."""
+        if 0.0 < progress < math.inf and math.isfinite(log10_units):
+            self._total_steps = round(self._step / progress)
+            self._units_per_step = round(10**log10_units)
 
     def numbers(self) -> str:
         """The part of the line that changes, e.g. for tests."""
@@ -97,6 +105,7 @@ class Display:
             self._bar.update(
                 self._task,
                 completed=self._step,
+                total=self._total_steps,
                 description=f"{self._phase:<7}",
                 numbers=self.numbers(),
             )

@@ -4,6 +4,9 @@
     finish   guard loss after the probation's steps     -> ACCEPTED, or REFUSED (restored)
     abort    the run stops during probation             -> ABORTED (restored)
 
+A proposal of other controls alone goes the same way without a move: they are the cycle's to put in force and
+to set back. It is judged at equal data: a batch of half the size is not worse for half the progress.
+
 Without the guard (verify.enabled = false, for races) there is no snapshot and no check, so there is
 no way back: a jump is kept whatever becomes of it. Everything it costs is in the Outcome. Memory that
 runs out on the way fails the jump, with the same restore. Real steps are the loop's business; phases are
@@ -22,6 +25,7 @@ from trainer_node import ledger as purposes
 from trainer_node.delta import AppliedDelta
 from trainer_node.out_of_memory import OutOfMemory, TornUpdate, attempt, release
 from trainer_node.parts import move_at_once, move_in_parts
+from trainer_node.phases import is_of_controls
 from trainer_node.snapshot import Snapshot
 from trainer_node.trial import Before, Jump, JumpTools, blank_outcome
 from trainer_node.verify import NoJumpForecast, forecast_without_jump, judge, ruin_bound
@@ -53,13 +57,16 @@ def start_jump(
         snapshot = _take_snapshot(tools)
     if snapshot is None:
         return replace(outcome, verdict=Verdict.FAILED)
-    nothing = AppliedDelta(0.0, tools.basis.empty_sample(), tools.basis.empty_sample())
     outcome = replace(outcome, snapshot_seconds=saving.seconds)
-    jump = Jump(decision, outcome, snapshot, nothing, before.guard)
+    jump = Jump(decision, outcome, snapshot, _no_delta(tools), before.guard)
     verdict = attempt(partial(_look_and_leap, tools, jump, before, forecaster))
     if isinstance(verdict, OutOfMemory):
         return fail_jump(tools, jump, verdict)
     return jump if verdict is None else _restore(tools, jump, verdict)
+
+
+def _no_delta(tools: JumpTools) -> AppliedDelta:
+    return AppliedDelta(0.0, tools.basis.empty_sample(), tools.basis.empty_sample())
 
 
 def _take_snapshot(tools: JumpTools) -> Snapshot | None:
@@ -91,6 +98,9 @@ def _look_and_leap(
 ) -> Verdict | None:
     """What is wrong with the jump at once, if anything."""
     _look(tools, jump, before)
+    if is_of_controls(jump.decision):
+        jump.outcome = replace(jump.outcome, loss_after=jump.outcome.loss_before)
+        return None
     bound = ruin_bound(
         loss_before=jump.outcome.loss_before,
         first_loss=before.first_loss,
@@ -114,7 +124,7 @@ def _look(tools: JumpTools, jump: Jump, before: Before) -> None:
     )
     forecast = forecast_without_jump(
         before.recent_losses,
-        horizon_steps=tools.probation_steps,
+        horizon_steps=tools.probation_steps * before.batch_change,
         guard=before.guard,
         loss_noise=before.loss_noise,
     )
@@ -135,6 +145,8 @@ def _jump_unguarded(
     outcome: Outcome,
     forecaster: WeightForecaster | None,
 ) -> Jump | Outcome:
+    if is_of_controls(decision):
+        return Jump(decision, outcome, None, _no_delta(tools), before.guard)
     with tools.ledger.span(purposes.JUMPS) as jumping:
         delta = attempt(lambda: tools.move(decision, forecaster))
         if isinstance(delta, OutOfMemory):

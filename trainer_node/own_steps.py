@@ -14,10 +14,10 @@ from torch import Tensor
 
 from common.settings import TrainerSettings
 from trainer_node import ledger as purposes
-from trainer_node.cycle import StepTaken
 from trainer_node.groups import ParameterGroup
 from trainer_node.ledger import TRAIN_PASSES, Ledger, Span
 from trainer_node.step import StepTensors, gradient_norms
+from trainer_node.step_taken import StepTaken
 from trainer_node.tasks import Task
 
 

@@ -2,12 +2,14 @@
 
 A context manager: on entry it hooks the optimizers (before the first, after the last), on exit
 they are as before. The hooks keep the basis' averages up to date. Per step, one small tensor (loss,
-clip scale, G gradient norms) is copied to the host; on a GPU the copy is awaited one step later, so
-an ordinary step never synchronises. Reads weights and gradients, never writes them.
+clip scale, G gradient norms, that of the first piece where it was measured) is copied to the host; on a
+GPU the copy is awaited one step later, so an ordinary step never synchronises. Reads weights and
+gradients, never writes them.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,8 +31,9 @@ class Pending:
 
     facts: Callable[[], StepFacts]
     attempt: int
-    host: Tensor  # (2 + G,) loss, clip scale, gradient norms
+    host: Tensor  # (2 + G,) loss, clip scale, gradient norms; (3 + G,) where a part of the batch was measured
     arrived: torch.cuda.Event | None
+    small_share: float = math.nan  # how large that part is; NaN: there is none
 
 
 class Probe:
@@ -83,14 +86,17 @@ class Probe:
 
     def record(self, tensors: StepTensors, facts: Callable[[], StepFacts], attempt: int) -> None:
         """Start moving a step's numbers to the host. `facts` are asked for when it is told."""
-        packed = torch.cat([tensors.loss.view(1), tensors.clip_scale.view(1), tensors.gradient_norms_G])
+        numbers = [tensors.loss.view(1), tensors.clip_scale.view(1), tensors.gradient_norms_G]
+        if tensors.small_norm is not None:
+            numbers.append(tensors.small_norm.view(1))
+        packed = torch.cat(numbers)
         host, arrived = packed, None
         if packed.is_cuda:
             host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
             host.copy_(packed, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._pending.append(Pending(facts, attempt, host, arrived))
+        self._pending.append(Pending(facts, attempt, host, arrived, tensors.small_share))
 
     def collect(
         self, state: FeatureState, *, wait: bool, decision_point: DecisionPoint | None = None
@@ -118,13 +124,24 @@ class Probe:
 
 def _observation(pending: Pending, state: FeatureState, point: DecisionPoint | None) -> Observation:
     loss, clip_scale, *norms = pending.host.tolist()
+    small_share = pending.small_share
+    small_norm = norms.pop() if small_share == small_share else math.nan
     total_norm = sum(norm * norm for norm in norms) ** 0.5
     facts = pending.facts()
+    features = featurize(
+        state,
+        facts,
+        loss=loss,
+        gradient_norm=total_norm,
+        clip_scale=clip_scale,
+        small_norm=small_norm,
+        small_share=small_share,
+    )
     return Observation(
         step=facts.step,
         attempt=pending.attempt,
         phase=facts.phase,
-        features=featurize(state, facts, loss=loss, gradient_norm=total_norm, clip_scale=clip_scale),
+        features=features,
         gradient_norms=tuple(norms),
         decision_point=point,
     )

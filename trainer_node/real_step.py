@@ -19,10 +19,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from common.schedule import rate_factor
 from common.settings import TrainerSettings
 from trainer_node import ledger as purposes
-from trainer_node.cycle import StepTaken
+from trainer_node.controls import MicroBatches, StepPlan, pieces_of
 from trainer_node.data import Batch, in_pieces
 from trainer_node.groups import ParameterGroup
 from trainer_node.ledger import TRAIN_PASSES, Ledger
@@ -38,14 +37,15 @@ from trainer_node.out_of_memory import (
 )
 from trainer_node.snapshot import random_state, set_random_state
 from trainer_node.step import (
+    FirstPiece,
     StepTensors,
     autocast,
-    equally,
     make_gradients,
     mean_loss,
     mean_loss_of_pieces,
     update,
 )
+from trainer_node.step_taken import StepTaken
 from trainer_node.tasks import Task
 
 _T = TypeVar("_T")
@@ -75,41 +75,34 @@ class RealSteps:
         self._data_seconds = 0.0  # of the step under way, for messages
         self._wall_seconds: deque[float] = deque(maxlen=16)
         self._context = partial(autocast, task.device, settings.precision)
-
-    @property
-    def passes(self) -> float:
-        """Forward-equivalents of a step."""
-        each = TRAIN_PASSES + (1.0 if self._memory.is_recomputing else 0.0)
-        return each * self._settings.batch.accumulation
+        self._micro_batches = MicroBatches(lambda position: task.train.batch(position))
+        self._first_piece = FirstPiece(groups)
 
     @property
     def typical_wall_seconds(self) -> float:
         """Of the last steps; 0 before there is one."""
         return statistics.median(self._wall_seconds or [0.0])
 
-    def take(self, step: int, data_step: int, after_backward: Callable[[], None] | None = None) -> StepTaken:
-        """Number `step` of the run, counted from 0, with the batches of `data_step`.
-
-        Raises MemoryExhausted with everything as it was before, TornUpdate with torn weights.
-        """
-        settings = self._settings
-        factor = rate_factor(step, settings.steps, settings.schedule)
-        set_rates(self._optimizers, factor)
-        count, passes = settings.batch.accumulation, self.passes
+    def take(self, plan: StepPlan, after_backward: Callable[[], None] | None = None) -> StepTaken:
+        """Raises MemoryExhausted with everything as it was before, TornUpdate with torn weights."""
+        set_rates(self._optimizers, plan.rate_factor)
+        each = TRAIN_PASSES + (1.0 if self._memory.is_recomputing else 0.0)
+        passes = each * self._settings.batch.accumulation * plan.nominal_steps
         with self._ledger.span(purposes.STEPS, passes=passes) as span:
             self._data_seconds = 0.0
-            loss = self._gradients(range(data_step * count, (data_step + 1) * count))
+            loss = self._gradients(plan)
             tensors = attempt(partial(self._update, loss, after_backward), at_once=self._picture.take)
             if isinstance(tensors, OutOfMemory):
-                raise TornUpdate(f"the update of step {step + 1}", tensors)
+                raise TornUpdate(f"the update of step {plan.number}", tensors)
         self._wall_seconds.append(span.wall_seconds)
         return StepTaken(
             tensors=tensors,
-            rate_factor=factor,
+            rate_factor=plan.rate_factor,
             passes=passes,
             seconds=span.seconds,
             wall_seconds=span.wall_seconds,
             data_seconds=self._data_seconds,
+            nominal_steps=plan.nominal_steps,
         )
 
     def mean_loss(self, loss_of: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> float:
@@ -132,16 +125,16 @@ class RealSteps:
         size = self._memory.piece_size(self._settings.batch)
         return None if size is None else self._task.split.piece_size(size)
 
-    def _gradients(self, positions: range) -> Tensor:
+    def _gradients(self, plan: StepPlan) -> Tensor:
         device = self._task.device
         random = random_state(device)
 
         def work() -> Tensor:
             with self._ledger.span(purposes.DATA) as span:
-                batches = [self._task.train.batch(position) for position in positions]
+                batches = self._micro_batches.of(plan)
             self._data_seconds += span.seconds
-            size = self._piece_size()
-            pieces = equally(batches) if size is None else in_pieces(batches, size)
+            size = self._piece_size() or plan.micro_batch_items
+            pieces = pieces_of(batches, size=size, context_tokens=plan.context_tokens)
             return make_gradients(
                 self._task.model,
                 self._task.loss,
@@ -149,6 +142,7 @@ class RealSteps:
                 self._optimizers,
                 context=self._context,
                 split=self._task.split,
+                first=self._first_piece,
             )
 
         put_back = partial(set_random_state, random, device)
@@ -158,7 +152,14 @@ class RealSteps:
         if after_backward is not None:
             after_backward()
         clip_norm = self._settings.optimizer.clip_norm
-        return update(loss, self._optimizers, self._groups, clip_norm=clip_norm, split=self._task.split)
+        return update(
+            loss,
+            self._optimizers,
+            self._groups,
+            clip_norm=clip_norm,
+            split=self._task.split,
+            first=self._first_piece,
+        )
 
     def _again_smaller(
         self, work: Callable[[], _T], *, put_back: Callable[[], None], make_room: Callable[[], bool]

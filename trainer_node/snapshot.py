@@ -2,13 +2,13 @@
 
 Holds weights, every tensor of the optimizers, the moving averages and the RNG. Lives in pinned
 host memory on a GPU; on CPU in an unlinked file (page cache, not process memory), because six
-copies of a model in RAM is what the memory bar forbids. Restoring is proved by fingerprint.
+copies of a model in RAM is what the memory bar forbids. Restoring is proved by sums (proof.py).
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from common.errors import EnvironmentFault
-from trainer_node.fingerprint import fingerprint
 from trainer_node.optim.state import group_state, optimizer_tensors, put_group_state, with_own_containers
+from trainer_node.proof import Proof, bytes_of
 
 
 class TensorStore(Protocol):
-    def save(self, tensors: Sequence[Tensor]) -> None: ...
+    def save(self, tensors: Sequence[Tensor], proof: Proof | None = None) -> None:
+        """The bits that are saved go into `proof`."""
 
-    def load_into(self, tensors: Sequence[Tensor]) -> None: ...
+    def load_into(self, tensors: Sequence[Tensor], proof: Proof | None = None) -> None:
+        """The bits that `tensors` hold afterwards go into `proof`."""
 
     def read(self, index: int) -> Tensor:
         """One saved tensor, on the host."""
@@ -50,7 +52,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self._copies: list[Tensor] = []
 
-    def save(self, tensors: Sequence[Tensor]) -> None:
+    def save(self, tensors: Sequence[Tensor], proof: Proof | None = None) -> None:
         if [(c.shape, c.dtype) for c in self._copies] != [(t.shape, t.dtype) for t in tensors]:
             try:
                 self._copies = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in tensors]
@@ -60,12 +62,12 @@ class MemoryStore:
                     f"no snapshot: {error}; set trainer.checkpoint.snapshot = disk"
                 ) from None
         for copy, tensor in zip(self._copies, tensors, strict=True):
-            copy.copy_(tensor, non_blocking=True)
+            _copy(copy, tensor, proof, proved=tensor)
         _synchronize(tensors)
 
-    def load_into(self, tensors: Sequence[Tensor]) -> None:
+    def load_into(self, tensors: Sequence[Tensor], proof: Proof | None = None) -> None:
         for copy, tensor in zip(self._copies, tensors, strict=True):
-            tensor.copy_(copy, non_blocking=True)
+            _copy(tensor, copy, proof, proved=tensor)
         _synchronize(tensors)
 
     def read(self, index: int) -> Tensor:
@@ -101,26 +103,31 @@ class DiskStore:
             self._opened = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
         return self._opened
 
-    def save(self, tensors: Sequence[Tensor]) -> None:
+    def save(self, tensors: Sequence[Tensor], proof: Proof | None = None) -> None:
         self._saved = []
         try:
             self._file.seek(0)
             for tensor in tensors:
                 self._saved.append((self._file.tell(), tensor.shape, tensor.dtype))
-                view = memoryview(_host_bytes(tensor))
-                while view:
-                    view = view[self._file.write(view) :]
+                host = tensor.detach().cpu().contiguous()
+                view = memoryview(bytes_of(host).numpy())
+                if proof is None:
+                    self._write(view)
+                else:
+                    proof.add_while(lambda start, end, view=view: self._write(view[start:end]), host)
         except OSError as error:
             raise EnvironmentFault(
                 f"no snapshot: {error.strerror}; free space or set snapshot = memory"
             ) from None
 
-    def load_into(self, tensors: Sequence[Tensor]) -> None:
+    def load_into(self, tensors: Sequence[Tensor], proof: Proof | None = None) -> None:
         for index, tensor in enumerate(tensors):
-            if tensor.device.type == "cpu" and tensor.is_contiguous():
-                self._read_into(index, tensor)
+            if _is_plain(tensor):
+                self._read_into(index, tensor, proof)
             else:
                 tensor.copy_(self.read(index))
+                if proof is not None:
+                    proof.add(tensor)
 
     def read(self, index: int) -> Tensor:
         _, shape, dtype = self._saved[index]
@@ -128,17 +135,27 @@ class DiskStore:
         self._read_into(index, tensor)
         return tensor
 
-    def _read_into(self, index: int, target: Tensor) -> None:
-        view = memoryview(_host_bytes(target))
+    def _read_into(self, index: int, target: Tensor, proof: Proof | None = None) -> None:
+        view = memoryview(bytes_of(target).numpy())
         try:
             self._file.seek(self._saved[index][0])
-            while view:
-                count = self._file.readinto(view)  # type: ignore[attr-defined]
-                if not count:
-                    raise EnvironmentFault("the snapshot file was cut short; resume from the last checkpoint")
-                view = view[count:]
+            if proof is None:
+                self._fill(view)
+            else:
+                proof.add_while(lambda start, end: self._fill(view[start:end]), target)
         except OSError as error:
             raise EnvironmentFault(f"snapshot not readable: {error}; resume the run") from None
+
+    def _write(self, view: memoryview) -> None:
+        while view:
+            view = view[self._file.write(view) :]
+
+    def _fill(self, view: memoryview) -> None:
+        while view:
+            count = self._file.readinto(view)  # type: ignore[attr-defined]
+            if not count:
+                raise EnvironmentFault("the snapshot file was cut short; resume from the last checkpoint")
+            view = view[count:]
 
     @property
     def resident_bytes(self) -> int:
@@ -186,8 +203,9 @@ class Snapshot:
         self._states = [(o, with_own_containers(o.state), group_state(o)) for o in optimizers]
         self._tensors = [p.detach() for p in parameters] + optimizer_tensors(optimizers) + list(extra)
         self._random = random_state(self._tensors[0].device) if with_random else None
-        self._fingerprint = fingerprint(self._tensors)
-        store.save(self._tensors)
+        proof = Proof()
+        store.save(self._tensors, proof)
+        self._digest = proof.digest()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -196,13 +214,14 @@ class Snapshot:
             optimizer.state.clear()
             optimizer.state.update(with_own_containers(states))
             put_group_state(optimizer, groups)
-        self._store.load_into(self._tensors)
+        proof = Proof()
+        self._store.load_into(self._tensors, proof)
         if self._random is not None:
             set_random_state(self._random, self._tensors[0].device)
-        found = fingerprint(self._tensors)
-        if found != self._fingerprint:
+        found = proof.digest()
+        if found != self._digest:
             raise EnvironmentFault(
-                f"a restored snapshot differs ({found}, was {self._fingerprint}): faulty memory or disk;"
+                f"a restored snapshot differs ({found}, was {self._digest}): faulty memory or disk;"
                 " resume from the last checkpoint"
             )
 
@@ -220,9 +239,26 @@ def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-def _host_bytes(tensor: Tensor) -> np.ndarray:
-    host = tensor.detach().cpu().contiguous()
-    return host.view(-1).view(torch.uint8).numpy()
+def _copy(target: Tensor, source: Tensor, proof: Proof | None, *, proved: Tensor) -> None:
+    """`proved`, one of both, goes into the proof: as it is copied, where both are on the host."""
+    if proof is not None and _is_plain(target) and _is_plain(source):
+        proof.add_while(_copier(bytes_of(target), bytes_of(source)), proved)
+        return
+    target.copy_(source, non_blocking=True)
+    if proof is not None:
+        proof.add(proved)
+
+
+def _copier(to: Tensor, of: Tensor) -> Callable[[int, int], object]:
+    """Copies bytes from the first to the last but one."""
+    if torch.get_num_threads() > 1:
+        return lambda start, end: to[start:end].copy_(of[start:end])
+    to_, of_ = to.numpy(), of.numpy()  # memcpy: by 7 % faster than torch's loop (Intel Xeon, 2026-11-22)
+    return lambda start, end: np.copyto(to_[start:end], of_[start:end])
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _synchronize(tensors: Sequence[Tensor]) -> None:

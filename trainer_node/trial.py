@@ -109,6 +109,7 @@ class Before:
     waiting_seconds: float
     full_step_seconds: float
     guard: GuardRecord = field(default_factory=GuardRecord)  # learns from every jump
+    batch_change: float = 1.0  # items of a step on probation, over those of a step before it
 
 
 @dataclass
@@ -127,7 +128,8 @@ class Jump:
     @property
     def is_to_be_corrected(self) -> bool:
         """In the step that comes now."""
-        return bool(self.snapshot and self.decision.correction_share > 0.0 and not self.step_seconds)
+        is_wanted = self.decision.correction_share > 0.0 and self.decision.horizon_steps > 0
+        return bool(self.snapshot and is_wanted and not self.step_seconds)
 
 
 def blank_outcome(

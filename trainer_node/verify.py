@@ -75,7 +75,7 @@ class GuardRecord:
         return slope, spread / math.sqrt(weight), spread
 
 
-def line_forecast(losses: Sequence[float], *, horizon_steps: int) -> NoJumpForecast:
+def line_forecast(losses: Sequence[float], *, horizon_steps: float) -> NoJumpForecast:
     """Line through the losses of successive real steps, read `horizon_steps` beyond the last one.
 
     With fewer than MIN_FIT_POINTS finite losses the change is 0 and the spread infinite: everything
@@ -94,7 +94,7 @@ def line_forecast(losses: Sequence[float], *, horizon_steps: int) -> NoJumpForec
 
 
 def forecast_without_jump(
-    losses: Sequence[float], *, horizon_steps: int, guard: GuardRecord, loss_noise: float
+    losses: Sequence[float], *, horizon_steps: float, guard: GuardRecord, loss_noise: float
 ) -> NoJumpForecast:
     """How the guard loss would change over `horizon_steps` real steps.
 

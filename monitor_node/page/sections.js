@@ -1,4 +1,5 @@
 // The words of the page: each section of the snapshot as text. They are painted before any chart.
+import { drawControls } from "./controls_words.js";
 import { byId, element, fillList, fillTable, row, tile } from "./dom.js";
 import { state } from "./feed.js";
 import { drawMemory, drawOrders } from "./memory_words.js";
@@ -146,6 +147,8 @@ const TILES_NEED = ["progress", "counters", "memory", "checkpoint", "pace"];
 const drawn = {
   run: () => drawRun(state.run),
   proposals: () => drawProposals(state.proposals),
+  controls: () => drawControls(state.controls),
+  control_trials: () => drawControls(state.controls),
   nodes: () => drawNodes(state.nodes),
   memory: () => drawMemory(state.memory),
   orders: () => drawOrders(state.orders),
@@ -167,5 +170,6 @@ const drawn = {
 export function drawWords(changed) {
   const isSaid = (name) => (state[name] ?? state.series[name]) !== undefined;
   new Set([...changed].filter(isSaid).map((name) => drawn[name])).forEach((job) => job?.());
+  if (!state.controls) drawControls(null);
   if (TILES_NEED.some((name) => changed.has(name))) drawTiles();
 }

@@ -2,19 +2,18 @@
 
 Measured in one run, arms in turns: a plain copy (the machine's bandwidth); a delta made as a whole, and its
 directions too, one operation after another; what a jump does (delta.py, with its sample and its norm); the
-bare pass over memory (fused_apply.py, by blocks and compiled); the snapshot and the restore of weights,
-AdamW's moments and averages, without and with the fingerprint that proves them (a restore is only worth
-something with it, so that is what a jump pays). Bandwidth counts what must be read and written at least, the
-same bytes for all ways to apply. On a GPU a snapshot goes to pinned host memory, and its bar is a plain copy
-over that bus. OMP_NUM_THREADS=1 counts the thread's own time and is the steadier way on a shared CPU. Prints;
-asserts nothing.
+bare pass over memory (fused_apply.py, compiled_pass.py); the snapshot and the restore of weights, AdamW's
+moments and averages, without and with the sums that prove them (a restore is only worth something with them,
+so that is what a jump pays), and for comparison the fingerprint. Bandwidth counts what must be read and
+written at least, the same bytes for all ways to apply. On a GPU a snapshot goes to pinned host memory, and
+its bar is a plain copy over that bus. OMP_NUM_THREADS=1 counts the thread's own time and is the steadier way
+on a shared CPU. Prints; asserts nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,10 +26,11 @@ from torch import Tensor, nn
 
 from common.messages import DIRECTIONS
 from common.settings import BasisSettings
+from trainer_node import compiled_pass, fused_apply
 from trainer_node.basis import Basis
-from trainer_node.delta import apply_delta, linear_deltas, move
+from trainer_node.delta import apply_delta, compile_pass, linear_deltas, move
 from trainer_node.fingerprint import fingerprint
-from trainer_node.fused_apply import Difference, Direction, bytes_moved, compiles_by_itself, move_along
+from trainer_node.fused_apply import Difference, Direction, bytes_moved
 from trainer_node.groups import parameter_groups
 from trainer_node.optim.state import optimizer_tensors
 from trainer_node.race.machine import machine
@@ -83,13 +83,15 @@ class Job:
         basis, store = self.basis, self._proved_store
         self._taken = Snapshot(store, basis.parameters, [self.optimizer], basis.averages.moving_tensors())
 
-    def one_pass(self, *, is_compiled: bool) -> Tensor:
+    def one_pass(self, move_along: Callable[..., Tensor]) -> Tensor:
         square = torch.zeros((), device=self.saved[0].device)
         for weights, directions, average in self.scene:
-            square += move_along(
-                weights, directions, [1e-3] * len(directions), along=[average], is_compiled=is_compiled
-            )
+            square += move_along(weights, directions, [1e-3] * len(directions), along=[average])
         return square.sqrt().cpu()  # as delta.py, which tells the norm
+
+    def jump(self, *, is_compiled: bool) -> object:
+        self.basis.has_compiled_pass = is_compiled
+        return apply_delta(self.basis, self.coefficients_GK)
 
     def in_wholes(self) -> object:
         return move(self.basis, linear_deltas(self.basis, self.coefficients_GK))
@@ -99,9 +101,10 @@ class Job:
         saved_bytes = 2 * sum(t.numel() * t.element_size() for t in self.saved)
         return {
             "apply: wholes": (self.in_wholes, apply_bytes),
-            "apply: delta.py": (lambda: apply_delta(self.basis, self.coefficients_GK), apply_bytes),
-            "apply: blocks": (partial(self.one_pass, is_compiled=False), apply_bytes),
-            "apply: compiled": (partial(self.one_pass, is_compiled=True), apply_bytes),
+            "apply: delta.py": (partial(self.jump, is_compiled=False), apply_bytes),
+            "apply: blocks": (partial(self.one_pass, fused_apply.move_along), apply_bytes),
+            "apply: delta.py, compiled": (partial(self.jump, is_compiled=True), apply_bytes),
+            "apply: compiled": (partial(self.one_pass, compiled_pass.move_along), apply_bytes),
             "snapshot": (lambda: self.store.save(self.saved), saved_bytes),
             "restore": (lambda: self.store.load_into(self.saved), saved_bytes),
             "fingerprint": (lambda: fingerprint(self.saved), saved_bytes // 2),
@@ -142,12 +145,6 @@ def measure(arms: Arms, device: torch.device, rounds: int) -> dict[str, list[flo
     return found
 
 
-def can_compile(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return compiles_by_itself(device)
-    return any(shutil.which(name) for name in ("g++", "clang++"))
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -157,9 +154,16 @@ def report(parameters: int, device: torch.device, rounds: int, *, compiles: bool
     job = Job(parameters, device)
     count = sum(w.numel() for w, _, _ in job.scene)
     arms = {**copies(count, device), **job.arms()}
-    missing = "" if compiles and can_compile(device) else "nothing was compiled"
+    started = time.perf_counter()
+    if compiles:
+        compile_pass(job.basis)
+    if job.basis.has_compiled_pass:  # also where no parameter is large enough for a jump to take it
+        weights, directions, average = job.scene[0]
+        compiled_pass.prepare(weights, directions, along=[average])
+    compile_seconds = time.perf_counter() - started
+    missing = "" if job.basis.has_compiled_pass else "nothing was compiled"
     if missing:
-        del arms["apply: compiled"]
+        del arms["apply: delta.py, compiled"], arms["apply: compiled"]
     found = measure(arms, device, rounds)
     bars = {}
     if device.type == "cuda":
@@ -178,7 +182,7 @@ def report(parameters: int, device: torch.device, rounds: int, *, compiles: bool
     return {
         "parameters": count,
         "device": device.type,
-        "used": "compiled" if compiles_by_itself(device) else "blocks",
+        "compile_seconds": compile_seconds,
         "missing": missing,
         "arms": lines,
     }
@@ -186,12 +190,12 @@ def report(parameters: int, device: torch.device, rounds: int, *, compiles: bool
 
 def table(found: dict[str, Any]) -> str:
     lines = [
-        f"{found['parameters']:,} parameters on {found['device']}, fused_apply.py takes {found['used']};"
-        f" bar: {BAR_SHARE:.0%} of a copy; {found['missing']}".rstrip("; ")
+        f"{found['parameters']:,} parameters on {found['device']}, compiled in"
+        f" {found['compile_seconds']:.1f} s; bar: {BAR_SHARE:.0%} of a copy; {found['missing']}".rstrip("; ")
     ]
     for name, arm in found["arms"].items():
         lines.append(
-            f"  {name:<16} {arm['gigabytes_per_second']:8.1f} GB/s  {arm['share_of_copy']:6.0%} of a copy"
+            f"  {name:<25} {arm['gigabytes_per_second']:8.1f} GB/s  {arm['share_of_copy']:6.0%} of a copy"
             f"  ({arm['share_least']:.0%} to {arm['share_most']:.0%})"
         )
     return "\n".join(lines)

@@ -16,7 +16,8 @@ import torch
 from tests.trainer.memory_scene import Scene, gpt_settings
 from tests.trainer.own import batches, in_process, job, loss_of
 from tests.trainer.test_fused_apply import COEFFICIENTS, scene
-from trainer_node.fused_apply import Difference, Direction, move_along, reference
+from trainer_node import compiled_pass
+from trainer_node.fused_apply import Difference, Direction, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,6 +71,17 @@ def test_an_ordinary_step_of_the_trainer_waits_for_nothing(
     assert running.loop.progress.step == 60
 
 
+def test_measuring_the_first_of_several_micro_batches_waits_for_nothing() -> None:
+    more = ("trainer.decision_mode=live", "trainer.controls.batch=true", "trainer.batch.accumulation=2")
+    running = Scene(gpt_settings(*LONG_WINDOW, *more), is_counted=False, device=CUDA)
+    running.loop._housekeeping = lambda _: watch(8 <= running.loop.progress.step < 38)
+    try:
+        running.loop.run()
+    finally:
+        watch(False)
+    assert running.loop.progress.features.noise.steps > 0
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["step", "probe"])
 def test_an_ordinary_step_of_a_loop_of_ones_own_waits_for_nothing(own: bool, tmp_path: Path) -> None:
     model, _ = job()
@@ -102,13 +114,9 @@ def test_the_compiled_pass_moves_the_weights_of_the_reference_and_waits_for_noth
         assert isinstance(drift, Difference)
         directions: list[Direction] = [momentum.to(CUDA), Difference(made.average, drift.subtrahend.to(CUDA))]  # type: ignore[union-attr]
         made.directions = [*directions, slow.to(CUDA), Difference(made.average, made.weights)]  # type: ignore[union-attr]
-    move_along(scene((length,)).weights.to(CUDA), [ours.directions[0]], [1.0])  # its compiling may wait
-    copy = ours.weights.clone()
-    move_along(
-        copy, [*ours.directions[:3], Difference(ours.average, copy)], COEFFICIENTS, along=[copy.clone()]
-    )
+    compiled_pass.prepare(ours.weights, ours.directions, along=[ours.average])  # its compiling may wait
     watch(True)
-    square = move_along(ours.weights, ours.directions, COEFFICIENTS, along=[ours.average])
+    square = compiled_pass.move_along(ours.weights, ours.directions, COEFFICIENTS, along=[ours.average])
     watch(False)
     expected = reference(theirs.weights, theirs.directions, COEFFICIENTS, along=[theirs.average])
     torch.testing.assert_close(ours.weights, theirs.weights, rtol=1e-6, atol=1e-5)

@@ -83,7 +83,7 @@ def test_a_jump_leaves_every_bit_as_whole_deltas_do(
     monkeypatch, optimizer, momentum, dtype, weights, sample_size, smallest
 ):
     """In one pass over memory or not; and one group of three, whose coefficients are zero, as it was."""
-    monkeypatch.setattr(fused_apply, "BLOCK_WEIGHTS", 30)  # some parameters are several blocks
+    monkeypatch.setattr(fused_apply, "BLOCK_BYTES", 120)  # some parameters are several blocks
     monkeypatch.setattr(delta_module, "SMALLEST_ONE_PASS", smallest)
     jobs = [
         ready_job(optimizer=optimizer, dtype=dtype, weights=weights, sample_size=sample_size)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer_node.race.arm_table import GROUPS
 from trainer_node.race.crossing import (
     READINGS,
     Crossing,
@@ -28,7 +29,14 @@ from trainer_node.race.crossing import (
 )
 from trainer_node.race.plan import RaceRecord
 from trainer_node.race.run_result import RunResult
-from trainer_node.race.statistics import Calibration, Ratio, calibration, ratio_of, time_median
+from trainer_node.race.statistics import (
+    Calibration,
+    Ratio,
+    calibration,
+    pooled_ratio_of,
+    ratio_of,
+    time_median,
+)
 
 PASSES_PER_STEP = 3  # forward-equivalents of one train step
 AT_THE_END = "end"  # beside READINGS: how an arm with decay is read
@@ -84,7 +92,7 @@ class Pair:
 class RaceFigures:
     race: RaceRecord
     arms: tuple[ArmFigures, ...]  # in the record's order; arms without a tuned config are left out
-    pairs: tuple[Pair, ...]  # every arm against every other one
+    pairs: tuple[Pair, ...]  # every arm against every other one; groups against arms outside them
     runs: Mapping[str, tuple[RunResult, ...]]  # by arm: those that counted
     missing: tuple[str, ...]  # in words
 
@@ -117,6 +125,12 @@ def race_figures(
         for arm in crossings
         for versus in crossings
         if arm != versus
+    )
+    pairs += tuple(
+        Pair(arm=group, versus=versus, ratio=_pooled(crossings[versus], [crossings[arm] for arm in members]))
+        for group, members in GROUPS.items()
+        if crossings.keys() >= set(members)
+        for versus in crossings.keys() - set(members)
     )
     return RaceFigures(race=race, arms=arms, pairs=pairs, runs=runs, missing=_missing(race, arms))
 
@@ -242,7 +256,12 @@ def _missing_runs(
 
 
 def _ratio(reference: Mapping[int, Crossing], arm: Mapping[int, Crossing], of: str) -> Ratio:
-    def cost(crossings: Mapping[int, Crossing]) -> dict[int, float]:
-        return {seed: getattr(crossing, of) for seed, crossing in crossings.items()}
+    return ratio_of(_costs(reference, of), _costs(arm, of))
 
-    return ratio_of(cost(reference), cost(arm))
+
+def _pooled(reference: Mapping[int, Crossing], arms: Sequence[Mapping[int, Crossing]]) -> Ratio:
+    return pooled_ratio_of(_costs(reference, "seconds"), [_costs(arm, "seconds") for arm in arms])
+
+
+def _costs(crossings: Mapping[int, Crossing], of: str) -> dict[int, float]:
+    return {seed: getattr(crossing, of) for seed, crossing in crossings.items()}

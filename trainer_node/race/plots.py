@@ -24,12 +24,13 @@ from trainer_node.race.look import (
     colour_of,
 )
 from trainer_node.race.plots_ours import draw_calibration, draw_timeline
+from trainer_node.race.rules import headline_arm
 from trainer_node.race.run_result import CurvePoint
-from trainer_node.race.words import factor, headline_arm
+from trainer_node.race.words import factor
 
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 AXES: dict[str, tuple[str, Callable[[CurvePoint], float]]] = {
-    "steps": ("real steps", lambda point: point.steps),
+    "steps": ("kept steps of the task's batch", lambda point: point.steps),
     "seconds": ("seconds, predictor included", lambda point: point.trainer_seconds + point.predictor_seconds),
     "passes": ("forward-equivalents (step 3, check 1)", lambda point: point.passes),
 }

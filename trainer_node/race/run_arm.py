@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from trainer_node.ledger import CHECK_PASSES, TRAIN_PASSES
 from trainer_node.loop import Loop
 from trainer_node.optim.build import set_rates
 from trainer_node.race.arms import Arm, arm_named, knobs_of, run_settings
+from trainer_node.race.batch_size import SAME, Scale, scale_of
 from trainer_node.race.in_process import InProcessPredictor, PredictorFactory, installed_predictor
 from trainer_node.race.machine import forget_peak, machine, peak_bytes
 from trainer_node.race.optimizers import METHODS, Method, MethodInput
@@ -69,9 +71,19 @@ def run_arm(
         data=data or "",
         state=str(predictor_state or ""),
     )
+    scale = scale_of(settings.trainer.batch, base.trainer.batch)
     task = prepare_task(settings.trainer)
+    if scale.passes != 1.0:  # held-out batches of another size would be other data
+        uncut = replace(settings.trainer, batch=base.trainer.batch, verify=base.trainer.verify)
+        task = replace(task, validation=prepare_task(uncut).validation)
     return run_task(
-        key, settings, task, eval_every_steps=eval_every_steps, clock=clock, after_step=after_step
+        key,
+        settings,
+        task,
+        eval_every_steps=eval_every_steps,
+        scale=scale,
+        clock=clock,
+        after_step=after_step,
     )
 
 
@@ -102,15 +114,19 @@ def run_task(
     task: Task,
     *,
     eval_every_steps: int | None = None,
+    scale: Scale = SAME,
     predictor: PredictorFactory = installed_predictor,
     clock: Clock | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> RunResult:
-    """The same with a task that is ready. `settings` are those of arms.run_settings."""
+    """The same with a task that is ready. `settings` are those of arms.run_settings, `eval_every_steps` of
+    the task's batch; `scale` is the worth of a step and a micro-batch of theirs in the task's."""
     arm, clock = arm_named(key.arm), clock or _clock_for(settings, task)
-    share = CURVE_SHARES[arm.rule]
-    every_steps = eval_every_steps or max(1, round(share * settings.trainer.steps))
-    referee = Referee(task, settings.trainer, clock, every_steps=every_steps, after_step=after_step)
+    share, steps = CURVE_SHARES[arm.rule], settings.trainer.steps
+    every_steps = max(1.0, eval_every_steps / scale.steps if eval_every_steps else round(share * steps))
+    referee = Referee(
+        task, settings.trainer, clock, every_steps=every_steps, scale=scale, after_step=after_step
+    )
     forget_peak(task.device)
     if arm.is_ours:
         return _run_ours(key, settings, task, referee, InProcessPredictor(predictor(), clock), clock)
@@ -173,7 +189,7 @@ def train_plainly(
         done = step + 1
         is_lost = done % FINITE_CHECK_STEPS == 0 and not math.isfinite(float(loss_sum))
         if is_lost or (referee.is_due(done) and not math.isfinite(read(done))):
-            if referee.curve[-1].steps < done:
+            if referee.read_at < done:
                 read(done)
             return done, True
     return settings.steps, not math.isfinite(read(settings.steps) + float(loss_sum))
@@ -225,7 +241,7 @@ def _run_ours(
     )
     run.read(loop)
     loop.run()
-    if referee.curve[-1].steps < loop.progress.step:
+    if referee.read_at < loop.progress.clock:
         run.read(loop)
     return RunResult(
         key=key,
@@ -252,12 +268,12 @@ class _OurRun:
         losses = loop.progress.recent_losses
         if losses and not math.isfinite(losses[-1]):
             self.diverged = loop.stop_requested = True
-        elif self._referee.is_due(loop.progress.step):
+        elif self._referee.is_due(loop.progress.clock):
             self.read(loop)
 
     def read(self, loop: Loop) -> None:
         passes, guard_batches = loop.ledger.passes, loop.settings.verify.guard_batches
-        averaged = loop.settings.read_out == "average"
+        averaged = (loop.progress.controls.read_out or loop.settings.read_out) == "average"
         before = sum(passes.values())
         # To choose between weights and average takes two checks: a run that ended here would pay them once.
         choice = 2 * CHECK_PASSES * guard_batches if averaged else 0.0
@@ -266,7 +282,13 @@ class _OurRun:
             backward_passes=passes[purposes.STEPS] / TRAIN_PASSES,
             predictor_seconds=self._predictor.seconds,
         )
-        self._referee.read(loop.progress.step, spent, partial(our_read_out, loop) if averaged else None)
+        step = loop.progress.step
+        self._referee.read(
+            loop.progress.clock,
+            spent,
+            partial(our_read_out, loop) if averaged else None,
+            real_steps=step if step != loop.progress.clock else None,
+        )
         self._reading_passes += sum(passes.values()) - before
 
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from common.config import load_settings
-from trainer_node.race.arms import ARMS
+from trainer_node.race.arm_table import ARMS
+from trainer_node.race.rules import RULES
 from trainer_node.race.run_result import RunKey
 from trainer_node.race.tasks import NEEDS_DATA, TASKS
 from trainer_node.race.waves import Wave
@@ -91,14 +92,17 @@ class RaceDisplay:
 
 
 def list_lines() -> list[str]:
-    """Tasks and arms with their meaning, for `race --list`."""
+    """Tasks, rules and arms with their meaning, for `race --list`."""
     lines = ["tasks"]
     for task in TASKS:
         trainer = load_settings(preset=f"race-{task}").trainer
         needs = "; needs --data" if task in NEEDS_DATA else ""
         lines.append(f"  {task:<16} {_MEANINGS[task]} ({trainer.steps} steps{needs})")
+    lines += ["", "rules"]
+    width = max(map(len, ARMS))
+    lines += [f"  {rule.name:<{width}} {rule.meaning}" for rule in RULES.values()]
     lines += ["", "arms"]
     for arm in ARMS.values():
         wraps = f" (around {arm.wraps})" if arm.wraps else ""
-        lines.append(f"  {arm.name:<16} {arm.meaning}{wraps}")
+        lines.append(f"  {arm.name:<{width}} {arm.meaning}{wraps}")
     return lines

@@ -7,20 +7,24 @@ from collections import defaultdict
 from statistics import fmean
 
 from trainer_node.race.figures import ArmFigures, RaceFigures
+from trainer_node.race.rules import RULES, headline_arm
 from trainer_node.race.statistics import Ratio, best_possible_coverage
 
-# In a fixed order, so that nobody picks the arm that came out best.
-HEADLINE_ARMS = {
-    "constant": ("ours-constant", "ours"),
-    "fitted": ("ours-phi", "ours-aggressive", "ours"),
+# Beside every result of the rule, and on the page of evidence.
+RESERVATIONS = {
+    "whole-stack": "The factor is that of the whole stack: most of it is Muon's or the schedule's where their"
+    " own rows say so. Convolutions get no Muon: on digits its arms are AdamW.",
+    "untuned": "Nothing was tuned, least of all the reference: the factor says what a better optimizer and"
+    " rate are worth to someone who would not look for them, not that prediction is fast. The rates of the"
+    " task's preset come of a sweep over that task; ours-muon-defaults does without them.",
+    "hands-free": "The sweep chose by the held-out loss after equal tokens. Arms of ours took its choice, put"
+    " it wrong on purpose, and had no trials.",
+    "ramp": "The sweep chose by the held-out loss after equal tokens: a batch that is faster per token may"
+    " have lost there, so the tuned AdamW of the task's own batch is raced too; the faster of both counts.",
+    "controls": "Nothing was tuned: every arm runs at the settings of the task's preset.",
 }
 JUMPING_ARM = "ours-aggressive"  # jumps in short runs too: only there forecasts of jumps can be judged
 FEW_SEEDS = 10  # reference/speedup.md: with a 10 % spread of the ratio, 10 seeds resolve about 7 %
-
-
-def headline_arm(arms: tuple[str, ...], rule: str) -> str:
-    """The arm whose result is the headline; "" if none of them is in the race."""
-    return next((name for name in HEADLINE_ARMS.get(rule, ("ours",)) if name in arms), "")
 
 
 def comparison(arm: str, versus: str, ratio: Ratio) -> str:
@@ -62,15 +66,16 @@ def headline(figures: RaceFigures) -> str:
     race = figures.race
     if race.target is None or not race.reference_arm:
         return f"The race on {race.task} is not that far yet: its target is not known."
-    arm = figures.arm(headline_arm(race.arms, race.rule))
-    if arm is None:
+    name = headline_arm(race.arms, race.rule)
+    ratio = figures.pair(name, race.reference_arm)
+    if ratio is None:
         first = f"This race on {race.task} has no finished arm of ours"
     else:
-        first = f"On {race.task}, " + comparison(arm.arm, race.reference_arm, arm.ratio)
+        first = f"On {race.task}, " + comparison(name, race.reference_arm, ratio)
     first += f". The target is a held-out loss of {race.target:.4g}, time is that of the core"
-    first += ", the predictor's included." if arm else "."
+    first += ", the predictor's included." if ratio else "."
     best = fastest(figures)
-    if best and (arm is None or best.arm != arm.arm):
+    if best and best.arm != name:
         first += f" The fastest arm was {best.arm} ({factor(best.ratio.median)})."
     return first
 
@@ -90,12 +95,13 @@ def reservations(figures: RaceFigures) -> list[str]:
             "All arms train at a constant rate. Such methods are usually scored like that, and it flatters"
             " them: a tuned, decayed rate takes most of the gain away. The decayed rules decide."
         )
+    lines += [RESERVATIONS[race.rule]] if race.rule in RESERVATIONS else []
     if (seeds := len(race.seeds)) < FEW_SEEDS:
         lines.append(
             f"{seeds} seed{'s' * (seeds != 1)}: an interval of their median covers at most"
             f" {percent(best_possible_coverage(seeds))}, whatever it is called; claims need {FEW_SEEDS}."
         )
-    if race.trials <= 1:
+    if race.trials <= 1 and RULES[race.rule].tunes:
         lines.append("One trial an arm: nothing was tuned, so differences may be those of a lucky setting.")
     lines += _about_overtraining(figures) + _about_misses(figures)
     if race.in_distribution:

@@ -1,0 +1,29 @@
+// The controls in words, and the table of the newest trials. Nothing of it is shown while no control is switched on.
+import { byId, fillTable, row } from "./dom.js";
+import { curve } from "./feed.js";
+import { DASH, isKnown, measured, number, whole } from "./words.js";
+
+const LOOKS = { accepted: "good", refused: "bad", ruined: "bad", aborted: "warn" };
+
+// Rows of series.controls that are not as configured. A context is as configured where it never changes.
+export const hasMoved = () => curve("controls").some((now) => now[1] !== 1 || now[2] !== 1) || hasContext();
+export const hasContext = () => new Set(curve("controls").map((now) => now[3])).size > 1;
+
+export function drawControls(controls) {
+  byId("controls-panel").hidden = !controls;
+  if (!controls) return;
+  byId("controls-words").textContent = controls.words;
+  byId("controls-drawn").hidden = !curve("control_trials").length && !hasMoved();
+  byId("context-key").hidden = !hasContext();
+  const cells = (trial) =>
+    row([
+      [whole(trial.step)],
+      [trial.change],
+      [trial.became.split(":")[0] + (trial.lost_steps ? `, ${trial.lost_steps} steps lost` : ""), LOOKS[trial.verdict] || "soft", trial.became],
+      [measured(trial, "loss_end")],
+      [measured(trial, "loss_forecast") + (isKnown(trial.loss_forecast) ? " ± " + number(trial, "loss_spread") : "")],
+      [trial.seen || DASH],
+      [trial.reason || DASH, "soft why", trial.words],
+    ]);
+  fillTable("control-trials", (controls.trials || []).map(cells));
+}
