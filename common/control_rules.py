@@ -155,6 +155,7 @@ def _decay_breach(wanted: Controls, now: Controls, settings: TrainerSettings, cl
         if start + steps > settings.steps:
             return f"a tail that ends after the {settings.steps} steps of the run"
     # Of the tail that is chosen, or else of the settings': moved once it has begun, the rate would jump.
-    if clock > min(decay_start_step(*schedule_of(tails, settings)) for tails in (now, wanted)):
+    # (decay_start_step is the last one at the full rate.)
+    if clock > 1 + min(decay_start_step(*schedule_of(tails, settings)) for tails in (now, wanted)):
         return "the decay has begun: it cannot be moved any more"
     return ""

@@ -89,11 +89,6 @@ def gain_of(time: StepTime, *, noise_scale: float, now: float, then: float) -> f
     return _time_to_loss(time, noise_scale, now) / _time_to_loss(time, noise_scale, then) - 1.0
 
 
-def best_factor(time: StepTime, noise_scale: float) -> float:
-    """B*; infinite where a larger batch costs nothing."""
-    return math.sqrt(time.fixed * noise_scale / time.per_batch) if time.per_batch > 0.0 else math.inf
-
-
 def _time_to_loss(time: StepTime, noise_scale: float, batch_factor: float) -> float:
     return time.seconds(batch_factor) * (1.0 + noise_scale / batch_factor)
 

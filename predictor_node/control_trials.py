@@ -210,14 +210,6 @@ class ControlTrials:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"damaged trials of controls: {error!r}") from None
 
-    def start_warm(self, state: Mapping[str, Any]) -> None:
-        """What another run has taught, but not where it stood. Raises CheckpointError."""
-        try:
-            self.bandit.load(state["bandit"])
-        except KeyError as error:
-            raise CheckpointError(f"damaged trials of controls: {error!r}") from None
-        self.bandit.new_run()
-
 
 def kind_of(arm: str) -> str:
     """What is paced together."""

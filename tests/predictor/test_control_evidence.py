@@ -14,7 +14,7 @@ from common import features
 from common.control_rules import NEUTRAL
 from common.errors import CheckpointError
 from common.messages import Controls, Observation, Phase, Verdict
-from predictor_node.batch_law import StepTime, StepTimes, best_factor, gain_of
+from predictor_node.batch_law import StepTime, StepTimes, gain_of
 from predictor_node.control_reward import worth_of
 from predictor_node.controls_in_force import InForce, in_force_from_json, told_by
 from predictor_node.evidence import evidence_of, ruin_words
@@ -88,7 +88,7 @@ def test_only_an_early_run_is_called_stuck() -> None:
 @given(st.floats(0.0, 50.0), st.floats(0.1, 10.0), st.floats(0.05, 100.0))
 def test_no_neighbour_of_the_best_batch_gains_more_than_it(fixed: float, slope: float, scale: float) -> None:
     time = StepTime(fixed, slope)
-    best = best_factor(time, scale)
+    best = math.sqrt(fixed * scale / slope)
     assert gain_of(time, noise_scale=scale, now=max(best, 1e-6), then=2.0 * max(best, 1e-6)) <= 1e-9
     if best > 1e-3:
         assert gain_of(time, noise_scale=scale, now=best, then=best / 2.0) <= 1e-9

@@ -115,13 +115,14 @@ def test_curves_of_before_have_as_many_real_steps_as_steps() -> None:
 
 def test_held_out_data_is_the_task_s_whatever_the_batch() -> None:
     """Regression draws it batch by batch: of another size it would be other data, and another target."""
-    overrides = ["trainer.steps=1", "trainer.model.width=8", "trainer.batch.sequences=16"]
+    wanted = {"steps": 4, "schedule.warmup_steps": 1, "model.width": 8, "batch.sequences": 16}
+    overrides = [f"trainer.{name}={value}" for name, value in wanted.items()]
     base = load_settings(preset="race-regression", overrides=overrides)
     first = set()
     for factor in (0.25, 1.0, 4.0):
         config = ((BATCH_FACTOR, factor),)
         key = RunKey(
-            task="regression", arm="adamw-swept", config=config, planned_steps=1, seed=0, purpose="race"
+            task="regression", arm="adamw-swept", config=config, planned_steps=4, seed=0, purpose="race"
         )
         first.add(run_arm(key, base).curve[0].loss)
     assert len(first) == 1

@@ -81,8 +81,8 @@ def test_every_item_is_used_once_in_order_and_the_run_ends_after_the_same_number
         plan = plan_of(progress, given_settings)
         batches = micro_batches.of(plan)
         assert all(len(batch.inputs) == sequences for batch in batches[:-1])
-        shares = [1.0 / divisor for _, divisor in pieces_of(batches, size=3)]
-        assert math.fsum(shares) == pytest.approx(1.0)
+        pieces = pieces_of(batches, size=3)
+        assert all(divisor == plan.items / len(piece.inputs) for piece, divisor in pieces)
         used += [int(n) for batch in batches for n in batch.targets]
         clocks.append(progress.clock)
         scheduled = rate_factor(progress.clock, 60, given_settings.schedule)
@@ -182,18 +182,22 @@ def test_a_chosen_tail_begins_without_a_leap_and_ends_the_run_at_its_final_share
     assert falls == pytest.approx(-0.9 / length)
 
 
-@pytest.mark.parametrize("clock", [79.0, 79.5, 80.0, 95.0])
+@pytest.mark.parametrize("clock", [79.0, 80.0, 80.5, 95.0])
 def test_a_tail_that_has_begun_is_never_moved(clock):
-    """Neither the configured one (from step 79 of 100) nor one that was chosen."""
+    """Neither the configured one (step 79 of 100 is the last at the full rate) nor one that was chosen."""
     given_settings = trainer(*WSD)
     assert decay_start_step(100, given_settings.schedule) == 79
     chosen, later = Controls(decay_start=70, decay_steps=20), Controls(decay_start=96, decay_steps=4)
     for now in (NEUTRAL, chosen):
         wrong = breach(later, now=now, settings=given_settings, clock=clock)
-        assert bool(wrong) == (now == chosen or clock > 79)
+        assert bool(wrong) == (now == chosen or clock > 80)
     # Back to the configured tail, whose rate would be below 1 by now.
     wrong = breach(NEUTRAL, now=later, settings=given_settings, clock=clock)
-    assert bool(wrong) == (clock > 79)
+    assert bool(wrong) == (clock > 80)
+    # One that begins with the very next step.
+    if clock <= 80:
+        at_once = Controls(decay_start=80, decay_steps=9)
+        assert not breach(at_once, now=NEUTRAL, settings=given_settings, clock=clock)
 
 
 def test_the_steps_that_are_left_are_real_ones():

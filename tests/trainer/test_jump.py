@@ -167,7 +167,7 @@ def test_an_accepted_delta_keeps_weights_and_steps():
 
 
 def test_a_failed_snapshot_changes_nothing_and_is_told():
-    def full_disk(_):
+    def full_disk(*_):
         raise EnvironmentFault("no snapshot: disk full")
 
     trial = Trial(store=SimpleNamespace(save=full_disk), guard=[])
