@@ -193,7 +193,7 @@ class TrainerSettings:
     device: str = setting("auto", "auto = a GPU when there is one", choices=("auto", "cpu", "cuda"))
     threads: int = setting(0, "CPU threads of torch; 0 = torch's choice", low=0, high=4096)
     precision: str = setting("fp32", "bf16 = autocast on GPU", choices=("fp32", "bf16"))
-    compile: bool = setting(False, "torch.compile on GPU")
+    compile: bool = setting(False, "torch.compile: the model on GPU, jumps over large parameters on both")
     memory_fraction: float = setting(
         0.0,
         "of the GPU's memory, at which torch says out of memory: for a shared GPU; 0 = all",

@@ -197,6 +197,8 @@ def _policy_state(path: Path) -> dict[str, object]:
     if not folders:
         raise CheckpointError(f"{path}: holds no state of a predictor (checkpoints/predictor)")
     policy = read_state(folders[0]).learned.policy
+    if policy is not None and policy.values.get("policy") == "resting":
+        raise CheckpointError(f"{path}: this run is too short to try a jump: its predictor learned nothing")
     if policy is None or (policy.values.get("policy") != "learned" and "pilot" not in policy.values):
         raise CheckpointError(f"{path}: this run had a fixed policy: there is nothing it believes")
     return dict(policy.values)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from common.control_rules import any_on
 from common.settings import RunSettings
+from common.trying import keeps_directions
 from predictor_node.fixed_policy import FixedPolicy
 from predictor_node.piloted import PilotedPolicy
 from predictor_node.policy import Policy
+from predictor_node.resting_policy import RestingPolicy
 from predictor_node.state import RunFacts
 
 
@@ -20,7 +22,10 @@ def policy_for(settings: RunSettings, facts: RunFacts) -> Policy:
 
 
 def _jumps_for(settings: RunSettings, facts: RunFacts) -> Policy:
-    if settings.predictor.policy == "learned":
+    is_learned, is_warm = settings.predictor.policy == "learned", bool(settings.predictor.state)
+    if is_learned and not is_warm and not keeps_directions(settings):
+        return RestingPolicy(settings)
+    if is_learned:
         from predictor_node.learned import LearnedPolicy
 
         return LearnedPolicy(settings, facts)

@@ -15,6 +15,7 @@ from common.settings import RunSettings, TrainerSettings
 from common.trying import keeps_directions
 from trainer_node.basis import Basis
 from trainer_node.cycle import Cycle
+from trainer_node.delta import compile_pass
 from trainer_node.groups import ParameterGroup, parameter_groups, told_groups
 from trainer_node.ledger import Ledger
 from trainer_node.links import DecisionSource
@@ -113,6 +114,8 @@ def prediction_parts(
             make_history_store=new_store,
             split=split,
         )
+        if trainer.compile:
+            compile_pass(basis)
         return basis, new_store()
 
     return parts

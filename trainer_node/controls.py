@@ -46,6 +46,11 @@ class StepPlan:
         size = self.micro_batch_items
         return self.first_item % size == 0 and self.items % size == 0
 
+    @property
+    def is_as_configured(self) -> bool:
+        """Whole micro-batches with their whole windows: batches of any kind will do."""
+        return self.is_aligned and not self.context_tokens
+
 
 def plan_step(
     controls: Controls, settings: TrainerSettings, *, step: int, clock: float, data_step: float

@@ -26,7 +26,8 @@ from trainer_node.probe import Probe
 from trainer_node.progress import Progress, is_over, needs_averages
 from trainer_node.step import StepTensors
 
-TOLD_TOGETHER_STEPS, TOLD_AFTER_SECONDS = 8, 0.1  # whichever comes first
+TOLD_TOGETHER = 8, 0.1  # steps, seconds: whichever comes first
+TOLD_PLAINLY = 64, 0.5  # without directions nobody decides on what is told: it is for people
 
 
 class Observer:
@@ -68,20 +69,21 @@ class Observer:
 
         Returns the losses of the steps that are told now, nats.
         """
-        at_point = progress.phase.is_decision_point
+        at_point = progress.phase.is_decision_point and self.can_propose(progress)
         # The end of a window changes what features say: steps before it are told first.
         losses = self.tell(progress, wait=True) if at_point else []
         self.probe.record(tensors, facts, progress.attempt)
         self._untold_steps += 1
         self._untold_seconds += wall_seconds
-        is_due = self._untold_steps >= TOLD_TOGETHER_STEPS or self._untold_seconds >= TOLD_AFTER_SECONDS
+        most_steps, longest_seconds = TOLD_PLAINLY if self._basis is None else TOLD_TOGETHER
+        is_due = self._untold_steps >= most_steps or self._untold_seconds >= longest_seconds
         if at_point or progress.phase.is_judgement_point or is_over(progress, self._settings):
             return losses + self.tell(progress, wait=True, decision_point=self._point(progress, at_point))
         return losses + (self.tell(progress, wait=self._is_lockstep) if is_due else [])
 
     def _point(self, progress: Progress, at_point: bool) -> DecisionPoint | None:
         basis = self._basis
-        if not at_point or basis is None or not self.can_propose(progress):
+        if not at_point or basis is None:
             return None
         with self._ledger.span(purposes.WINDOWS):
             point = attempt(partial(self._close_window, basis, progress))

@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from common.control_rules import any_on
 from common.settings import TrainerSettings
 from trainer_node import ledger as purposes
 from trainer_node.controls import MicroBatches, StepPlan, pieces_of
@@ -40,6 +41,7 @@ from trainer_node.step import (
     FirstPiece,
     StepTensors,
     autocast,
+    equally,
     make_gradients,
     mean_loss,
     mean_loss_of_pieces,
@@ -76,7 +78,7 @@ class RealSteps:
         self._wall_seconds: deque[float] = deque(maxlen=16)
         self._context = partial(autocast, task.device, settings.precision)
         self._micro_batches = MicroBatches(lambda position: task.train.batch(position))
-        self._first_piece = FirstPiece(groups)
+        self._first_piece = FirstPiece(groups) if any_on(settings.controls) else None
 
     @property
     def typical_wall_seconds(self) -> float:
@@ -133,8 +135,12 @@ class RealSteps:
             with self._ledger.span(purposes.DATA) as span:
                 batches = self._micro_batches.of(plan)
             self._data_seconds += span.seconds
-            size = self._piece_size() or plan.micro_batch_items
-            pieces = pieces_of(batches, size=size, context_tokens=plan.context_tokens)
+            size = self._piece_size()
+            if size is None and plan.is_as_configured:
+                pieces = equally(batches)
+            else:
+                size = size or plan.micro_batch_items
+                pieces = pieces_of(batches, size=size, context_tokens=plan.context_tokens)
             return make_gradients(
                 self._task.model,
                 self._task.loss,

@@ -27,7 +27,7 @@ import enum
 import math
 from dataclasses import dataclass
 
-SCHEMA = 3
+SCHEMA = 4
 DIRECTIONS = ("momentum", "drift", "slow_drift", "pull_back")
 
 

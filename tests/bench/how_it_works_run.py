@@ -91,7 +91,7 @@ class Watcher(InProcessPredictor):
 def live(settings: RunSettings) -> tuple[Seen, Loop]:
     task, seen = prepare_task(settings.trainer), Seen()
     watcher = Watcher(in_memory_predictor(), seen)
-    observer.TOLD_TOGETHER_STEPS = 1  # the guard loss is read when a step is told
+    observer.TOLD_TOGETHER = 1, 0.0  # the guard loss is read when a step is told
     loop = build_loop(
         task,
         settings,

@@ -183,7 +183,7 @@ def test_nothing_is_tried_before_the_temper_allows_it_nor_in_the_decay() -> None
 
 
 def test_windows_grow_while_resting_and_are_of_the_usual_length_after_a_jump() -> None:
-    line, _, _ = run_of('predictor.temper="conservative"', "trainer.steps=300")
+    line, _, _ = run_of('predictor.temper="conservative"', "trainer.steps=900")
     window_steps = small_settings().trainer.window_steps
     grown = [decision.next_window_steps for decision in line.decisions if not decision.horizon_steps]
     assert max(grown) > window_steps
@@ -198,9 +198,7 @@ def test_a_run_that_cannot_pay_for_one_refused_jump_is_watched_with_the_longest_
     longest = LAST_WINDOW_FACTOR * trainer.settings.trainer.window_steps
     assert line.decisions
     assert {decision.horizon_steps for decision in line.decisions} == {0}
-    assert {decision.reason for decision in line.decisions} == {
-        "this run is too short to pay for a refused jump"
-    }
+    assert all("is too short to pay for one refused jump" in decision.reason for decision in line.decisions)
     assert {decision.next_window_steps for decision in line.decisions} == {longest}
 
 

@@ -193,13 +193,31 @@ def test_the_predictor_is_timed_apart_from_the_trainer() -> None:
         return predictors[-1]
 
     task = timed(prepare_task(settings.trainer))
-    result = run_task(key, settings, task, predictor=make, clock=timed.clock)
+    result = run_task(key, settings, task, predictor=make, clock=timed.clock, span_clock=timed.clock)
     (predictor,) = predictors
     assert result.final.trainer_seconds == 2.0 * STEPS
     assert result.final.predictor_seconds == 7.0 * len(predictor.seen)
     assert isinstance(predictor.seen[0][0], RunStarted)
     assert [entry.sequence for _, entry in predictor.seen] == list(range(1, len(predictor.seen) + 1))
     assert dict(result.verdicts) == {"missing": 6}
+
+
+class AskedClock(FakeClock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.times_asked = 0
+
+    def monotonic(self) -> float:
+        self.times_asked += 1
+        return super().monotonic()
+
+
+@pytest.mark.parametrize("arm", ["adamw-constant", "ours-constant"])
+def test_the_clock_of_a_run_is_asked_at_readings_only(arm: str) -> None:
+    """A core's clock is slow to ask behind a step: an arm that asked it in every step would pay for it."""
+    clock = AskedClock()
+    result = run(key_of(arm), clock=clock)
+    assert clock.times_asked == 2 + 2 * len(result.curve)  # made, started; before and after a reading
 
 
 @pytest.mark.parametrize(("arm", "points"), [("adamw-constant", 41), ("adamw-decay", 11), ("snoo", 11)])

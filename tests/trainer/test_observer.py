@@ -14,22 +14,29 @@ from trainer_node import observer
 from trainer_node.loop import Loop
 
 
-def told(monkeypatch: pytest.MonkeyPatch, together_steps: int, after_seconds: float) -> ScriptedLinks:
-    monkeypatch.setattr(observer, "TOLD_TOGETHER_STEPS", together_steps)
-    monkeypatch.setattr(observer, "TOLD_AFTER_SECONDS", after_seconds)
+def told(monkeypatch: pytest.MonkeyPatch, together_steps: int, *overrides: str) -> ScriptedLinks:
+    for name in ("TOLD_TOGETHER", "TOLD_PLAINLY"):
+        monkeypatch.setattr(observer, name, (together_steps, 60.0))
     links = ScriptedLinks(twice_bad)
-    tiny_loop(links, tiny_settings()).run()
+    tiny_loop(links, tiny_settings(*overrides)).run()
     return links
 
 
 def test_what_is_told_does_not_depend_on_how_many_steps_are_told_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    one_by_one = told(monkeypatch, 1, 60.0)
+    one_by_one = told(monkeypatch, 1)
     assert len(one_by_one.of(Observation)) > 60, "no step was undone: the interesting case is missing"
     for together_steps in (3, 8, 1000):
-        links = told(monkeypatch, together_steps, 60.0)
+        links = told(monkeypatch, together_steps)
         assert [encode(m) for m in links.said] == [encode(m) for m in one_by_one.said]
+
+
+def test_nor_where_nothing_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = "predictor.enabled=false"
+    one_by_one, together = told(monkeypatch, 1, plain), told(monkeypatch, 1000, plain)
+    assert [encode(m) for m in together.said] == [encode(m) for m in one_by_one.said]
+    assert len(together.of(Observation)) == tiny_settings().trainer.steps
 
 
 @pytest.mark.parametrize("read_out", ["weights", "average"])
@@ -55,7 +62,7 @@ def test_where_no_decision_is_to_come_no_average_is_kept_unless_it_is_handed_out
 def test_slow_steps_are_told_at_once_and_quick_ones_eight_at_a_time(
     monkeypatch: pytest.MonkeyPatch, after_seconds: float, most_untold: int
 ) -> None:
-    monkeypatch.setattr(observer, "TOLD_AFTER_SECONDS", after_seconds)
+    monkeypatch.setattr(observer, "TOLD_TOGETHER", (8, after_seconds))
     links, untold = ScriptedLinks(), []
     settings = tiny_settings("trainer.window_steps=20", "trainer.statistics_steps=20")
 

@@ -1,8 +1,8 @@
 """One run of one arm, from initial weights to a RunResult.
 
-Arms that are not ours are a plain loop over trainer_node.step.train_step; ours go through the phase loop in
-lockstep with a predictor in the same process. Initial weights, batches, seed, schedule and clipping are
-the same in all of them. Chooses nothing (plan.py) and keeps nothing (results.py).
+Arms that are not ours are a plain loop over step.train_step; ours go through the phase loop, in lockstep with
+a predictor in the same process. All have the same initial weights, batches, seed, schedule and clipping.
+Chooses nothing (plan.py) and keeps nothing (results.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from common import features
-from common.clock import Clock, CoreClock, SystemClock
+from common.clock import Clock, SystemClock
 from common.config import dump_settings
 from common.messages import Message
 from common.schedule import rate_factor
@@ -30,8 +30,13 @@ from trainer_node.loop import Loop
 from trainer_node.optim.build import set_rates
 from trainer_node.race.arms import Arm, arm_named, knobs_of, run_settings
 from trainer_node.race.batch_size import SAME, Scale, scale_of
-from trainer_node.race.in_process import InProcessPredictor, PredictorFactory, installed_predictor
-from trainer_node.race.machine import forget_peak, machine, peak_bytes
+from trainer_node.race.in_process import (
+    InProcessPredictor,
+    PredictorCore,
+    PredictorFactory,
+    installed_predictor,
+)
+from trainer_node.race.machine import clock_for, forget_peak, machine, peak_bytes
 from trainer_node.race.optimizers import METHODS, Method, MethodInput
 from trainer_node.race.referee import Referee, Spent
 from trainer_node.race.run_result import PhaseSpan, RunKey, RunResult
@@ -117,11 +122,12 @@ def run_task(
     scale: Scale = SAME,
     predictor: PredictorFactory = installed_predictor,
     clock: Clock | None = None,
+    span_clock: Clock | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> RunResult:
-    """The same with a task that is ready. `settings` are those of arms.run_settings, `eval_every_steps` of
-    the task's batch; `scale` is the worth of a step and a micro-batch of theirs in the task's."""
-    arm, clock = arm_named(key.arm), clock or _clock_for(settings, task)
+    """The same with a task that is ready; `scale` is the worth of its steps in those of the task's batch.
+    A core's clock is slow to ask within a step (lab log, 2026-11-22): there `span_clock` (wall) is asked."""
+    arm, clock = arm_named(key.arm), clock or clock_for(settings, task)
     share, steps = CURVE_SHARES[arm.rule], settings.trainer.steps
     every_steps = max(1.0, eval_every_steps / scale.steps if eval_every_steps else round(share * steps))
     referee = Referee(
@@ -129,7 +135,7 @@ def run_task(
     )
     forget_peak(task.device)
     if arm.is_ours:
-        return _run_ours(key, settings, task, referee, InProcessPredictor(predictor(), clock), clock)
+        return _run_ours(key, settings, task, referee, predictor(), span_clock or SystemClock())
     return _run_plain(key, arm, settings, task, referee)
 
 
@@ -198,20 +204,15 @@ def train_plainly(
 # ---- ours ------------------------------------------------------------------------------------
 
 
-def _clock_for(settings: RunSettings, task: Task) -> Clock:
-    """Wall time; with one thread on a CPU the core's own, which other work on the machine cannot lengthen."""
-    alone = task.device.type == "cpu" and settings.trainer.threads == 1
-    return CoreClock() if alone else SystemClock()
-
-
 def _run_ours(
     key: RunKey,
     settings: RunSettings,
     task: Task,
     referee: Referee,
-    predictor: InProcessPredictor,
+    core: PredictorCore,
     clock: Clock,
 ) -> RunResult:
+    predictor = InProcessPredictor(core, clock)
     trace = Trace()
     run = _OurRun(referee, predictor)
 
