@@ -87,7 +87,7 @@ def test_with_all_switches_off_there_is_no_pilot() -> None:
 def test_where_the_pilot_has_nothing_to_say_jumps_are_decided_as_without_it(policy: str) -> None:
     def bodies(*overrides: str) -> list[bytes]:
         log = Log(Predictor(MemoryStore()).handle)
-        chosen = controlled_settings(f'predictor.policy="{policy}"', "trainer.steps=600", *overrides)
+        chosen = controlled_settings(f'predictor.policy="{policy}"', "trainer.steps=900", *overrides)
         ScriptedTrainer(chosen).run(log.publish, until_step=500)
         return [codec.encode(dataclasses.replace(d, next_window_steps=0)) for d in log.decisions]
 
