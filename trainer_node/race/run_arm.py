@@ -109,9 +109,9 @@ def run_task(
 ) -> RunResult:
     """The same with a task that is ready. `settings` are those of arms.run_settings.
 
-    `clock` times the run, `span_clock` (wall) what happens within a step of ours. They are two because a
-    reading of a core's clock behind a step took 0.3 to 0.7 ms here, that of the wall clock 3 us: spans that
-    asked the former made our arms look 2 to 3 % slower than they were (docs/lab-log.md, 2026-11-22).
+    `clock` times the run, `span_clock` (wall) what happens within a step of ours. They are two because to ask
+    a core's clock behind a step takes 0.3 to 0.7 ms here, the wall clock 3 us, and plain arms ask neither
+    (docs/lab-log.md, 2026-11-22).
     """
     arm, clock = arm_named(key.arm), clock or _clock_for(settings, task)
     share = CURVE_SHARES[arm.rule]
