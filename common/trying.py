@@ -2,8 +2,8 @@
 
 The learned predictor may lose a share of the run on jumps that do not pay (predictor_node/budget.py). Where
 one refused jump costs more than that, none is ever tried: it rests to the end. The trainer then keeps no
-directions, no averages and closes no windows: they took 2 to 3 % of the race's runs of 2 to 10 s
-(docs/lab-log.md, 2026-11-22). Amounts are forward-equivalents ("passes": a step of one micro-batch is 3).
+directions, no averages and closes no windows: it would pay for them and never use them. Amounts are
+forward-equivalents ("passes": a training step of one micro-batch is 3).
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from predictor_node.forecast import LossCurve, fit_loss_curve, forecast_at
 from predictor_node.history import History
 from predictor_node.models import Models
 from predictor_node.policy import (
+    LAST_WINDOW_FACTOR,
     DecisionInput,
     PolicyState,
     basis_reason,
@@ -46,7 +47,6 @@ from predictor_node.warm_start import read_warm_start
 
 TICKS_PER_WINDOW = 4
 MAX_WINDOW_FACTOR = 8  # while nothing is worth trying, windows grow: a decision point is not free
-LAST_WINDOW_FACTOR = 64  # where nothing will be tried any more: the most that the trainer grants
 MAX_CHUNKS = 64  # what the trainer takes (docs/messages.md)
 ON_PROBATION = {Verdict.ACCEPTED: False, Verdict.REFUSED: True}
 

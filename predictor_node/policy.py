@@ -73,6 +73,9 @@ class Policy(Protocol):
         ...
 
 
+LAST_WINDOW_FACTOR = 64  # where nothing will be tried any more: the most that the trainer grants
+
+
 def rest(
     point: DecisionInput, *, reason: str, forecast: Forecast | None, arm: str = "", next_window_steps: int = 0
 ) -> PhaseDecision:

@@ -10,16 +10,15 @@ from common.messages import Observation, Outcome, PhaseDecision
 from common.settings import RunSettings
 from common.trying import why_never
 from predictor_node.history import History
-from predictor_node.policy import DecisionInput, PolicyState, rest
+from predictor_node.policy import LAST_WINDOW_FACTOR, DecisionInput, PolicyState, rest
 
-MAX_WINDOW_STRETCH = 64  # the most that the trainer grants
 _STATE = {"policy": "resting"}
 
 
 class RestingPolicy:
     def __init__(self, settings: RunSettings) -> None:
         self._reason = why_never(settings) or "nothing to decide"
-        self._window_steps = MAX_WINDOW_STRETCH * settings.trainer.window_steps
+        self._window_steps = LAST_WINDOW_FACTOR * settings.trainer.window_steps
 
     def decide(self, point: DecisionInput) -> PhaseDecision:
         """Asked only by a trainer that keeps directions all the same."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,11 @@ def _enter(rank: int, size: int, port: int, work: Callable[..., None], arguments
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     work(*arguments)
+    # The work is done, its files are closed. On its way out of the interpreter a rank was once aborted by a
+    # thread of torch's ("terminate called without an active exception"; docs/lab-log.md, 2026-11-22).
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _join(work: Callable[..., None], arguments: tuple[Any, ...]) -> None:

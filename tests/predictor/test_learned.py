@@ -13,9 +13,10 @@ from common.bus import EntryId
 from common.errors import CheckpointError
 from common.messages import DIRECTIONS, Message, Outcome, PhaseDecision, Verdict
 from predictor_node.bandit import REST
-from predictor_node.learned import LAST_WINDOW_FACTOR, LearnedPolicy
+from predictor_node.learned import LearnedPolicy
 from predictor_node.models import MIN_UPDATES
 from predictor_node.node import Predictor
+from predictor_node.policy import LAST_WINDOW_FACTOR
 from predictor_node.state import MemoryStore, facts_of, files_of
 from predictor_node.tempers import TEMPERS
 from predictor_node.warm_start import read_warm_start, write_warm_start
