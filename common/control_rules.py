@@ -23,6 +23,7 @@ from common.settings import ScheduleSettings, TrainerSettings
 
 NEUTRAL = Controls()
 _SLACK = 1.0 + 1e-9  # of a product of powers
+PROOF_SPREADS = 2.0  # by which another rate must beat the forecast of the run without it
 
 
 def any_on(controls: ControlSettings) -> bool:
@@ -54,6 +55,19 @@ def rate_factor_of(controls: Controls, rule: str) -> float:
     """
     power = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}[rule]
     return controls.rate_factor * math.pow(controls.batch_factor, power)
+
+
+def tolerance_of(wanted: Controls, now: Controls, *, tolerance: float, forecast_change_nats: float) -> float:
+    """Spreads above the forecast up to which the judge keeps a change; negative: it must lie below.
+
+    A rate that is too high does its harm later than a probation lasts, and a lower one collects at once the
+    noise that the higher one kept up: in a run that makes progress, another rate must prove itself. Where
+    the loss is not forecast to fall, a lower rate needs no proof. `forecast_change_nats`: without the change.
+    """
+    is_rescue = wanted.rate_factor < now.rate_factor and not forecast_change_nats < 0.0
+    if wanted.rate_factor == now.rate_factor or is_rescue:
+        return tolerance
+    return -PROOF_SPREADS
 
 
 def schedule_of(controls: Controls, settings: TrainerSettings) -> tuple[int, ScheduleSettings]:

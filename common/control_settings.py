@@ -30,3 +30,6 @@ class ControlSettings:
         "how the rate follows the batch (Adam, Muon: sqrt; SGD: linear)",
         choices=("sqrt", "linear", "none"),
     )
+    batch_betas: bool = setting(
+        False, "the betas of Adam follow the batch too: its moments average over the same number of tokens"
+    )

@@ -11,10 +11,12 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from common import features
 from common import messages as m
 from common.control_rules import NEUTRAL
+from common.streams import DECISIONS, STREAMS
 from monitor_node import control_trials
 from monitor_node.control_trials import (
     MOST_LOG2,
@@ -27,6 +29,7 @@ from monitor_node.control_trials import (
     Trial,
     Undone,
     asked_by,
+    asked_under,
     change_words,
     fold,
 )
@@ -34,9 +37,10 @@ from monitor_node.series import Curve, append_bounded
 
 MAX_EVENTS = 400  # outcomes and restores; of older ones only what is in force stays
 MAX_CHANGES = 400
-MAX_DECISIONS = 4096  # a monitor that starts late reads them far ahead of their outcomes
+MAX_ASKED = 4096  # decisions that ask for controls: few, and a monitor that starts late reads them far ahead
+MAX_OTHERS = STREAMS[DECISIONS].fuse_entries  # all that can be on the stream
+MAX_MISSED = 512
 _SECONDS_STEPS = 512
-_BEFORE_STEPS = 16  # over which a step's time before a trial is averaged
 _MOST_LOG10 = 18.0
 
 _RATE = features.INDEX["log2_rate_factor"]
@@ -47,6 +51,7 @@ _NOISE = features.INDEX["log10_noise_scale_over_batch"]
 _STEP_SECONDS = features.INDEX["log10_step_seconds"]
 _PROGRESS = features.INDEX["progress"]
 
+_Told = TypeVar("_Told")
 # First step, rate factor, batch factor, context / configured (None = not told).
 Change = tuple[int, float, float, float | None]
 
@@ -57,12 +62,14 @@ class ControlBook:
     changes: list[Change] = field(default_factory=list)  # by step: how the controls stand from there on
     done_share: float | None = None  # of the run's nominal steps, by the trainer's clock
     _generation: int = 0  # of the trainer; 0 = not known
-    _asked: dict[Key, Asked | None] = field(default_factory=dict)  # None: asks for no change
+    _asked: dict[Key, Asked] = field(default_factory=dict)
+    _others: dict[Key, None] = field(default_factory=dict)  # decisions that leave the controls as they stand
+    _missed: dict[Key, m.Outcome] = field(default_factory=dict)  # points whose decision was not there in time
     _was_asked: bool = False  # for any value that is not as configured
     _kept_before: list[Kept] = field(default_factory=list)  # of events that are gone
     _events: list[Event] = field(default_factory=list)
     _folded: tuple[list[Kept], list[Trial]] | None = None  # of these events
-    _seconds: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_SECONDS_STEPS))
+    _log10_seconds: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_SECONDS_STEPS))
 
     def started(self, generation: int) -> None:
         self._generation = generation
@@ -70,9 +77,9 @@ class ControlBook:
     def observed(self, step: int, values: Sequence[float]) -> None:
         """`values`: the features of a step, in the order of common.features."""
         if abs(values[_STEP_SECONDS]) < _MOST_LOG10:
-            while self._seconds and self._seconds[-1][0] >= step:
-                self._seconds.pop()
-            self._seconds.append((step, 10.0 ** values[_STEP_SECONDS]))
+            while self._log10_seconds and self._log10_seconds[-1][0] >= step:
+                self._log10_seconds.pop()
+            self._log10_seconds.append((step, values[_STEP_SECONDS]))
         self.done_share = min(1.0, max(0.0, values[_PROGRESS])) if math.isfinite(values[_PROGRESS]) else None
         if values[_HAS_NOISE] > 0.5 and abs(values[_NOISE]) < _MOST_LOG10:
             self.noise.add(step, 10.0 ** values[_NOISE])
@@ -84,31 +91,32 @@ class ControlBook:
             append_bounded(self.changes, (step, *stand), MAX_CHANGES)
 
     def decided(self, decision: m.PhaseDecision) -> None:
-        asked = asked_by(decision)
-        self._was_asked |= asked is not None and asked.controls != NEUTRAL
-        self._asked[decision.base_generation, decision.decision_id] = asked
-        if len(self._asked) > MAX_DECISIONS:
-            del self._asked[next(iter(self._asked))]
+        key, asked = (decision.base_generation, decision.decision_id), asked_by(decision)
+        if asked is None:
+            _remember(self._others, key, None, MAX_OTHERS)
+            return
+        self._was_asked |= asked.controls != NEUTRAL
+        _remember(self._asked, key, asked, MAX_ASKED)
         self._folded = None
+        missed = self._missed.pop(key, None) or self._missed.pop((0, key[1]), None)
+        if missed is not None:
+            self._settle(key, missed)
 
     def settled(self, outcome: m.Outcome) -> None:
         """An outcome that is told again changes nothing."""
         key = (self._generation, outcome.decision_id)
-        is_rest = outcome.verdict in (m.Verdict.REST, m.Verdict.MISSING)
-        if is_rest or self._asked.get(key, True) is None or key in self._settled_keys():
+        if outcome.verdict is m.Verdict.REST or key in self._others or key in self._settled_keys():
             return
+        if outcome.verdict is m.Verdict.MISSING and asked_under(key, self._asked) is None:
+            _remember(self._missed, key, outcome, MAX_MISSED)  # nobody may ever have answered
+            return
+        self._settle(key, outcome)
+
+    def _settle(self, key: Key, outcome: m.Outcome) -> None:
         base_step, end_step = outcome.base_step, outcome.base_step + outcome.probation_steps
-        before = [seconds for step, seconds in self._seconds if step <= base_step]
-        during = [seconds for step, seconds in self._seconds if base_step < step <= end_step]
-        self._log(
-            Settled(
-                key=key,
-                outcome=outcome,
-                factors=self._factors_at(base_step),
-                seconds_before=_mean(before[-_BEFORE_STEPS:]),
-                seconds_with=_mean(during),
-            )
-        )
+        on_trial = [value for step, value in self._log10_seconds if base_step < step <= end_step]
+        factors = self._factors_at(base_step)
+        self._log(Settled(key=key, outcome=outcome, factors=factors, step_seconds=_geometric_mean(on_trial)))
 
     def cut_above(self, step: int) -> None:
         """Steps above this one were undone. What was tried stays, as proposals do."""
@@ -121,8 +129,13 @@ class ControlBook:
     @property
     def is_used(self) -> bool:
         """Whether any control was ever proposed, or stands where the settings do not have it."""
-        moved = any(change[1:3] != (1.0, 1.0) or change[3] not in (None, 1.0) for change in self.changes)
-        return moved or self._was_asked
+        return self._was_asked or self.has_moved
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether any stands, or stood at a step that is kept, where the settings do not have it."""
+        told = any(change[1:3] != (1.0, 1.0) or change[3] not in (None, 1.0) for change in self.changes)
+        return told or self.in_force != NEUTRAL
 
     @property
     def trials(self) -> list[Trial]:
@@ -145,7 +158,7 @@ class ControlBook:
             return None
         settled = self._settled_keys()
         for key, asked in reversed(self._asked.items()):
-            if asked is None or key in settled or (self._generation and key[0] != self._generation):
+            if key in settled or (self._generation and key[0] != self._generation):
                 continue
             if 0 < step - asked.base_step <= probation_steps:
                 return asked
@@ -182,5 +195,12 @@ def _factor(log2: float) -> float:
     return float(f"{2.0**log2:.9g}")
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+def _remember(told: dict[Key, _Told], key: Key, value: _Told, most: int) -> None:
+    """The oldest goes beyond `most`."""
+    told[key] = value
+    if len(told) > most:
+        del told[next(iter(told))]
+
+
+def _geometric_mean(log10_values: Sequence[float]) -> float:
+    return 10.0 ** (math.fsum(log10_values) / len(log10_values)) if log10_values else math.nan

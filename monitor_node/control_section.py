@@ -9,22 +9,23 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from common.control_checks import switched_on
 from common.control_rules import NEUTRAL, any_on, schedule_of
 from common.control_settings import ControlSettings
 from common.messages import APPLIED_VERDICTS, Controls, Phase, Verdict
+from common.trial_seen import seen_words, share_words
 from monitor_node.control_book import ControlBook
 from monitor_node.control_trials import Trial, change_words
 from monitor_node.run_view import RunView
 
-SWITCHES = ("rate", "batch", "context", "decay", "read_out")
 _ROWS = 12  # of the table; the chart has all
-_MOST_PERCENT = 999.0
 _ROUNDING = 1e-6  # of a share times the steps
 _BECAME = {
     Verdict.ACCEPTED: "kept",
-    Verdict.REFUSED: "set back: worse than forecast without it",
+    Verdict.REFUSED: "set back: worse than without it",
     Verdict.RUINED: "set back at once: the loss was beyond the ruin bound",
     Verdict.ABORTED: "set back: the run was stopped on trial",
+    Verdict.MISSING: "not taken: it came too late",
     Verdict.STALE: "not taken: it came too late",
     Verdict.USED: "not taken: it was taken before",
     Verdict.VETOED: "not taken: the monitor vetoes",
@@ -44,7 +45,7 @@ def controls_section(view: RunView) -> dict[str, Any]:
     on_trial = _on_trial(view)
     noise = book.noise.points()
     return {
-        "switches": [name for name in SWITCHES if getattr(_switches(view), name)],
+        "switches": switched_on(_switches(view)),
         "words": _words(view, stands, trials, on_trial),
         "rate_factor": stands.rate_factor,
         "batch_factor": stands.batch_factor,
@@ -94,17 +95,8 @@ def expected_steps(view: RunView) -> int | None:
 def trial_words(trial: Trial) -> str:
     """ "batch ×2: noise scale 3.1× batch, +12 % progress per second forecast, +10 ± 4 % seen; kept"."""
     told = ": ".join(filter(None, (trial.change, _reason(trial))))
-    seen = f"{seen_words(trial)} seen" if trial.seen else ""
     became = _BECAME.get(trial.outcome.verdict, trial.outcome.verdict.value)
-    return "; ".join((", ".join(filter(None, (told, seen))), became))
-
-
-def seen_words(trial: Trial) -> str:
-    """ "" where the losses do not say."""
-    if trial.seen is None:
-        return ""
-    share, spread = (100.0 * max(-_MOST_PERCENT, min(_MOST_PERCENT, part)) for part in trial.seen)
-    return f"{share:+.0f} ± {spread:.0f} %".replace("-", "\N{MINUS SIGN}")
+    return "; ".join((", ".join(filter(None, (told, seen_words(trial.seen, trial.outcome)))), became))
 
 
 def _row(trial: Trial) -> dict[str, Any]:
@@ -116,8 +108,9 @@ def _row(trial: Trial) -> dict[str, Any]:
         "verdict": outcome.verdict.value,
         "became": _BECAME.get(outcome.verdict, outcome.verdict.value),
         "reason": _reason(trial) or None,
-        "seen": seen_words(trial) or None,
-        "seen_share": trial.seen[0] if trial.seen else None,
+        "seen": share_words(trial.seen) if trial.seen else None,
+        "seen_share": trial.seen.share if trial.seen else None,
+        "seen_spread": trial.seen.spread if trial.seen else None,
         "loss_end": outcome.loss_end,
         "loss_forecast": outcome.loss_forecast,
         "loss_spread": outcome.loss_spread,
@@ -132,7 +125,7 @@ def _reason(trial: Trial) -> str:
 
 
 def _words(view: RunView, stands: Controls, trials: list[Trial], on_trial: str | None) -> str:
-    on = [name.replace("_", "-") for name in SWITCHES if getattr(_switches(view), name)]
+    on = [name.replace("_", "-") for name in switched_on(_switches(view))]
     said = ["The predictor may change " + ", ".join(on) if on else "No control is switched on now"]
     if view.has_settings and not view.settings.predictor.enabled:
         said.append("prediction is off, so nobody does")

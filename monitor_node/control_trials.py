@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from common import control_rules
 from common import messages as m
 from common.control_rules import NEUTRAL
+from common.trial_seen import Seen, seen_of
 
 MOST_LOG2 = 40.0  # beyond it a factor is not meant
 _MOST_TEXT = 200
@@ -41,8 +42,7 @@ class Settled:
     key: Key
     outcome: m.Outcome
     factors: Factors | None  # in force before it; None where no step was seen
-    seconds_before: float  # of a mean step; in lockstep forward-equivalents; NaN if unknown
-    seconds_with: float
+    step_seconds: float  # of the trial, geometric mean; in lockstep forward-equivalents; NaN if unknown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +60,7 @@ class Trial:
     change: str  # "batch ×2"
     asked: Asked
     outcome: m.Outcome
-    seen: tuple[float, float] | None  # of progress per second: the change as a share, its uncertainty
+    seen: Seen | None
 
 
 def asked_by(decision: m.PhaseDecision) -> Asked | None:
@@ -75,7 +75,7 @@ def asked_by(decision: m.PhaseDecision) -> Asked | None:
 
 
 def fold(
-    kept: Sequence[Kept], events: Iterable[Event], asked: Mapping[Key, Asked | None]
+    kept: Sequence[Kept], events: Iterable[Event], asked: Mapping[Key, Asked]
 ) -> tuple[list[Kept], list[Trial]]:
     """(what is in force and what was before it, oldest first; every trial) after `events`."""
     stack, trials = list(kept), []
@@ -84,15 +84,16 @@ def fold(
             while stack and stack[-1][0] > event.step:
                 stack.pop()
             continue
-        wanted = _asked_under(event.key, asked)
+        wanted = asked_under(event.key, asked)
         if wanted is None:
             continue
         stands, outcome = standing(stack, event.factors), event.outcome
         change = change_words(stands, wanted.controls)
         if not change:
             continue  # a jump that leaves the controls as they stand
-        batch_change = wanted.controls.batch_factor / stands.batch_factor if wanted.controls else math.nan
-        seen = seen_share(event, batch_change)
+        seen = None
+        if wanted.controls is not None:
+            seen = seen_of(outcome, before=stands, after=wanted.controls, step_seconds=event.step_seconds)
         trials.append(Trial(change=change, asked=wanted, outcome=outcome, seen=seen))
         if outcome.verdict is m.Verdict.ACCEPTED and wanted.controls is not None:
             stack.append((outcome.base_step + outcome.probation_steps, wanted.controls))
@@ -127,24 +128,8 @@ def is_sane(controls: m.Controls) -> bool:
     )
 
 
-def seen_share(event: Settled, batch_change: float) -> tuple[float, float] | None:
-    """By how much faster the guard loss fell per second than forecast without the change, as a share, and how
-    uncertain that is: one standard deviation of the forecast. None where the losses do not say.
-
-    The forecast is of the same data (trainer_node/jump.py): without the change they would have taken
-    `batch_change` times as many steps.
-    """
-    outcome = event.outcome
-    fall, fall_without = outcome.loss_before - outcome.loss_end, outcome.loss_before - outcome.loss_forecast
-    times_known = event.seconds_before > 0.0 and event.seconds_with > 0.0
-    if not (times_known and fall_without > 0.0 and math.isfinite(fall) and math.isfinite(fall_without)):
-        return None
-    ratio = fall / fall_without * (batch_change * event.seconds_before / event.seconds_with)
-    spread = abs(ratio * outcome.loss_spread / fall_without)
-    return (ratio - 1.0, spread) if math.isfinite(ratio) and math.isfinite(spread) else None
-
-
-def _asked_under(key: Key, asked: Mapping[Key, Asked | None]) -> Asked | None:
+def asked_under(key: Key, asked: Mapping[Key, Asked]) -> Asked | None:
+    """What the decision of an outcome asked for; None where it is not known, or asked for nothing."""
     if key[0]:
         return asked.get(key)
     return next((wanted for (_, name), wanted in asked.items() if name == key[1]), None)

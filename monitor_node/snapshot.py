@@ -19,8 +19,9 @@ from monitor_node.divergence import Level
 from monitor_node.liveness import Liveness
 from monitor_node.memory_snapshot import memory_section, order_row
 from monitor_node.pace import pace_rows, pace_section, whole_pace
+from monitor_node.proposal_book import ProposalRow
 from monitor_node.provenance import provenance_section
-from monitor_node.run_view import AlertRow, ProposalRow, RunView
+from monitor_node.run_view import AlertRow, RunView
 from monitor_node.series import Curve, marker_of
 from monitor_node.stream_health import StreamFacts, stream_rows
 from monitor_node.timing import timing_section
@@ -35,10 +36,12 @@ def as_dict(view: RunView, *, now_seconds: float) -> dict[str, Any]:
     sections: dict[str, Any] = {
         "run": _run(view, status, words(view, status, now_seconds)),
         "progress": progress,
-        "pace": pace_section(whole_pace(view.time, view.worth)),
+        "pace": pace_section(
+            whole_pace(view.time, view.worth), steps_are_alike=not view.curves.controls.has_moved
+        ),
         "timing": timing_section(view.time),
         "counters": _counters(view),
-        "proposals": [_proposal(row) for row in reversed(view.outcomes)],
+        "proposals": [_proposal(row) for row in reversed(view.jumps.rows)],
         "nodes": [_node(view, node, now_seconds) for node in NODES],
         "memory": memory_section(view, now_seconds),
         "orders": [order_row(row) for row in reversed(view.orders.rows)],
@@ -94,7 +97,7 @@ def _series(view: RunView) -> dict[str, list[Any]]:
         "units": curves.units.points(),
         "holders": curves.holders.rows(),
         "order_marks": plain(view.orders.marks),
-        "proposals": curves.proposals,
+        "proposals": view.jumps.marks,
         "pace": pace_rows(view.time, view.worth),
     }
     return _rows_of(rows)
@@ -160,15 +163,14 @@ def _counters(view: RunView) -> dict[str, int]:
 
 
 def _proposal(row: ProposalRow) -> dict[str, Any]:
-    outcome, decision = row.outcome, row.decision
-    forecast = decision.forecast if decision else None
+    outcome, said = row.outcome, row.said
     return {
         "decision_id": outcome.decision_id,
         "step": outcome.base_step,
         "horizon_steps": outcome.horizon_steps,
         "verdict": outcome.verdict.value,
-        "reason": decision.reason if decision else None,
-        "predicted_loss": forecast.loss if forecast else None,
+        "reason": said.reason if said else None,
+        "predicted_loss": said.predicted_loss if said else None,
         "loss_before": outcome.loss_before,
         "loss_after": outcome.loss_after,
         "loss_end": outcome.loss_end,

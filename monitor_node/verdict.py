@@ -79,13 +79,16 @@ def _prediction(view: RunView) -> str:
     if view.has_settings and view.settings.predictor.enabled and not may_ever_jump(view.settings):
         head = "No jumps" if any_on(view.settings.trainer.controls) else "Plain training"
         return f"{head}: {why_never(view.settings)}."
-    if pace is None or (view.has_settings and not view.settings.predictor.enabled):
+    controls = view.curves.controls
+    is_off = view.has_settings and not view.settings.predictor.enabled
+    if pace is None or is_off or controls.has_moved:
         if not applied:
             return ""
         share = view.virtual_steps / max(1, view.step + view.virtual_steps)
-        tried = "jumps and changes of controls" if view.curves.controls.is_used else "jumps"
+        tried = "jumps and changes of controls" if controls.is_used else "jumps"
         kept = f"{view.verdicts[Verdict.ACCEPTED]} of {applied} applied {tried} were kept"
-        return f"{kept}; {share:.0%} of the steps so far are virtual."
+        beside = " Whether they pay shows beside a run without them." if controls.has_moved else ""
+        return f"{kept}; {share:.0%} of the steps so far are virtual.{beside}"
     return saving(pace)
 
 

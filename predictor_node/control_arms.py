@@ -1,15 +1,19 @@
 """The controls that may be tried here and now, each with what it is forecast to bring and why. Pure.
 
-    rate:/4, rate:/2    signs of ruin, a spike that the trainer rolled back, a climb that is worse than the
-                        lower rate's own forecast. Nothing else lowers the rate: over some steps a lower
-                        rate always looks better (the short-horizon bias, Wu et al. 2018, arXiv 1803.02021),
-                        because the loss falls at once by the noise that the higher rate kept up. The tail
-                        collects that anyway. How much it is cannot be told from progress in 16 steps, and
-                        the way back up would be refused for the same reason: so it is not tried
-    rate:x2, rate:x4    climb while the loss falls visibly and kept trials were not worse. The same bias works
-                        against a higher rate, so one that is kept is better evidence than its gain. Stops
-                        at the first that is not, and comes back when the run is twice as long; one that was
-                        kept and lost half of the progress is taken back. x4 after x2 brought SURE_GAIN
+    rate:/4, rate:/2    of need: signs of ruin, a spike that the trainer rolled back, a climb that is worse
+                        than the lower rate's own forecast
+    rate:x4, rate:x2    of free will: climb while the loss falls visibly, by the most that is allowed, as a
+                        large step shows in few steps what a small one hides in noise. Stops at the first
+                        that is refused; half of it is tried when the run is twice as long, the whole when
+                        it is four times as long. One that was kept and lost half of the progress is undone
+    rate:/4, rate:/2    of free will: as a climb, only after one was refused and none was kept
+
+                        The judge wants proof of another rate (control_rules.tolerance_of): over some steps a
+                        lower one looks better, since the loss falls at once by the noise that the higher rate
+                        kept up (the short-horizon bias, Wu et al. 2018, arXiv 1803.02021), and a higher one
+                        worse. Measured 2026-11-22, step 48, 8 steps, end less forecast in spreads:
+                        x4 at a quarter of the best rate digits -6, regression +8, python -5; at the best
+                        0, +68, +6; /4 at four times the best +1, -3, python 0; at the best +3, +1, +8
     batch:x2, batch:/2  batch_law.py, where it forecasts MIN_GAIN
     context:shorter     once, early: a quarter of the context, for the first half of the run
     context:longer      the next longer divisor when its time has come
@@ -33,7 +37,7 @@ from predictor_node.batch_law import StepTime, gain_of
 from predictor_node.evidence import Evidence, is_early, ruin_words
 from predictor_node.forecast import LossCurve
 
-RATE_UP = {"rate:x2": 2.0, "rate:x4": 4.0}
+RATE_UP = {"rate:x4": 4.0, "rate:x2": 2.0}  # the larger first
 RATE_DOWN = {"rate:/4": 0.25, "rate:/2": 0.5}
 BATCH = {"batch:x2": 2.0, "batch:/2": 0.5}
 SHORTER, LONGER, DECAY, AVERAGE = "context:shorter", "context:longer", "decay:now", "read_out:average"
@@ -41,7 +45,6 @@ NAMES = (*RATE_UP, *RATE_DOWN, *BATCH, SHORTER, LONGER, DECAY, AVERAGE)
 
 MIN_GAIN = 0.05  # of progress per second: below that a trial is not worth its checks
 CLIMB_GAIN = 0.2  # forecast of the first rate:x2; well below the best rate progress goes with it. Guess
-SURE_GAIN = 0.4  # seen with x2, so that x4 may be tried
 WORSE, TAKEN_BACK = -0.1, -0.5  # seen with a kept climb: it ends here; it is taken back
 VISIBLE = -3.0  # deviations: at a point in forty noise alone shows two
 CLIMB_SHARE = 0.6  # of the steps before the tail, in which the rate may rise
@@ -117,7 +120,14 @@ def due(here: Situation) -> Candidate | None:
 
 def candidates(here: Situation) -> list[Candidate]:
     """What may be tried of free will, in a fixed order."""
-    found = [*_climbs(here), *_batches(here), *_shorter_context(here), *_tail(here), *_average(here)]
+    found = [
+        *_climbs(here),
+        *_descents(here),
+        *_batches(here),
+        *_shorter_context(here),
+        *_tail(here),
+        *_average(here),
+    ]
     return [candidate for candidate in found if not breached(here, candidate.controls)]
 
 
@@ -138,21 +148,38 @@ def _lower(here: Situation, why: str, factors: tuple[float, ...]) -> Candidate |
 
 
 def _climbs(here: Situation) -> Iterator[Candidate]:
-    if not here.settings.trainer.controls.rate or not here.may_try("rate:up"):
+    if not _may_move_rate(here, "rate:up"):
         return
-    is_late = here.clock > CLIMB_SHARE * here.tail_start
-    if is_late or here.evidence.significance > VISIBLE:
-        return  # where the fall cannot be told from noise, a trial of 16 steps tells nothing
     last = here.climb_gain
     gain = min(1.0, max(MIN_GAIN, last / 2.0)) if math.isfinite(last) else CLIMB_GAIN
     why = "tried again" if "rate:up" in here.not_before else "a higher rate was not tried yet"
     if math.isfinite(last):
         why = f"the last climb brought {100.0 * last:+.0f} %"
-    for arm, factor in RATE_UP.items():
-        if factor > 2.0 and not last >= SURE_GAIN:
-            continue
+    yield from _largest(here, RATE_UP, gain, why)
+
+
+def _descents(here: Situation) -> Iterator[Candidate]:
+    """Only where a climb was refused: one of the two is in vain, and a trial costs much."""
+    was_climbed = here.now.rate_factor > 1.0
+    if was_climbed or "rate:up" not in here.not_before or not _may_move_rate(here, "rate:down"):
+        return
+    yield from _largest(here, RATE_DOWN, MIN_GAIN, "a higher rate was no better")
+
+
+def _may_move_rate(here: Situation, kind: str) -> bool:
+    """Where the fall cannot be told from noise, a trial of some steps tells nothing."""
+    is_early = here.clock <= CLIMB_SHARE * here.tail_start
+    is_on = here.settings.trainer.controls.rate and here.may_try(kind)
+    return is_on and is_early and here.evidence.significance <= VISIBLE
+
+
+def _largest(here: Situation, factors: Mapping[str, float], gain: float, why: str) -> Iterator[Candidate]:
+    """The largest change that may be tried, alone."""
+    for arm, factor in factors.items():
         wanted = replace(here.now, rate_factor=here.now.rate_factor * factor)
-        yield Candidate(arm, wanted, gain if factor == 2.0 else 0.8 * gain, why)
+        if here.may_try(arm) and not breached(here, wanted):
+            yield Candidate(arm, wanted, gain, why)
+            return
 
 
 def _batches(here: Situation) -> Iterator[Candidate]:

@@ -17,6 +17,7 @@ from common.control_rules import words
 from common.errors import CheckpointError
 from common.messages import APPLIED_VERDICTS, Controls, Outcome, Verdict
 from common.settings import RunSettings
+from common.trial_seen import seen_of, seen_words
 from common.trying import check_passes
 from predictor_node.bandit import REST, LinUCB
 from predictor_node.budget import ExplorationBudget
@@ -143,18 +144,18 @@ class ControlTrials:
             self._pace(trial, kept=False, seen=math.nan)
         if outcome.verdict in APPLIED_VERDICTS and not trial.is_exempt:
             self.budget.settle(trial.expected_passes, max(0.0, outcome.passes), 0.0)
-        self._close(trial, outcome.verdict.value, seen)
+        self._close(trial, outcome.verdict.value, _told(trial, outcome))
         return trial
 
     def lose(self) -> None:
         """What became of the open trial was never told."""
         if self.open is not None:
-            self._close(self.open, "lost", math.nan)
+            self._close(self.open, "lost", "")
             self.open = None
 
     def _pace(self, trial: Trial, *, kept: bool, seen: float) -> None:
         kind = kind_of(trial.arm)
-        if kind == "rate:down":
+        if kind == "rate:down" and (trial.is_exempt or kept):
             self.ruins_in_a_row = 0 if kept else self.ruins_in_a_row + 1
             self.climb_gain = math.nan
             self.not_before["rate:up"] = self._later(trial)  # what ruined a run once
@@ -164,6 +165,8 @@ class ControlTrials:
             kept = kept and not seen < WORSE
         if kept:
             return
+        if kind.startswith("rate:"):
+            self.not_before[trial.arm] = 2.0 * self._later(trial)  # first a smaller one
         self.not_before[kind] = self._later(trial)
 
     def _later(self, trial: Trial) -> float:
@@ -172,7 +175,7 @@ class ControlTrials:
             return trial.clock + CONTEXT_WAIT_WINDOWS * self._trainer.window_steps
         return 2.0 * trial.clock
 
-    def _close(self, trial: Trial, verdict: str, seen: float) -> None:
+    def _close(self, trial: Trial, verdict: str, seen: str) -> None:
         entry = {
             "decision_id": trial.decision_id,
             "step": trial.base_step,
@@ -181,7 +184,7 @@ class ControlTrials:
             "reason": trial.reason,
             "verdict": verdict,
             "forecast": trial.gain,
-            "seen": seen if math.isfinite(seen) else None,
+            "seen": seen,
         }
         self.over = (*self.over[-(KEPT_TRIALS - 1) :], entry)
 
@@ -209,6 +212,12 @@ class ControlTrials:
             self._applied, self._undone = (int(count) for count in state["judged"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"damaged trials of controls: {error!r}") from None
+
+
+def _told(trial: Trial, outcome: Outcome) -> str:
+    """What was seen, in the words of the page."""
+    seen = seen_of(outcome, before=trial.before, after=trial.controls, step_seconds=trial.step_seconds)
+    return seen_words(seen, outcome)
 
 
 def kind_of(arm: str) -> str:

@@ -13,6 +13,13 @@ from common.errors import CheckpointError
 from common.messages import Controls
 
 SHOWN_TRIALS = 10
+_VERDICTS = {
+    "accepted": "kept",
+    "refused": "set back",
+    "ruined": "set back",
+    "missing": "too late",
+    "stale": "too late",
+}
 
 
 def control_words(pilot: Mapping[str, Any]) -> str:
@@ -23,16 +30,19 @@ def control_words(pilot: Mapping[str, Any]) -> str:
         lines = [f"Controls: {words(NEUTRAL, now) or 'as configured'}", _budget_words(trials["budget"])]
         lines += [_trial_words(trial) for trial in trials["over"][-SHOWN_TRIALS:]]
         if trials["open"]:
-            lines.append(f"{trials['open']['base_step']:>8}  on trial  {trials['open']['reason']}")
+            lines.append(f"{trials['open']['base_step']:>8}  on trial   {trials['open']['reason']}")
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"damaged controls in the predictor's state: {error!r}") from None
     return "\n".join(lines)
 
 
 def _trial_words(trial: Mapping[str, Any]) -> str:
-    """Step, verdict, "batch ×2: noise scale 3.1× batch, +12 % progress per second forecast, +10 % seen"."""
-    seen = "" if trial["seen"] is None else f", {100.0 * trial['seen']:+.0f} % seen"
-    return f"{trial['step']:>8}  {trial['verdict']:<8}  {trial['reason']}{seen}"
+    """Step, verdict, "batch ×2: noise scale 3.1× batch, +12 % progress per second forecast, +10 ± 6 % seen".
+
+    Reason and seen are the words of the page (common/trial_seen.py).
+    """
+    said = ", ".join(filter(None, (trial["reason"], trial["seen"])))
+    return f"{trial['step']:>8}  {_VERDICTS.get(trial['verdict'], trial['verdict']):<9}  {said}"
 
 
 def _budget_words(budget: Mapping[str, float]) -> str:

@@ -166,8 +166,8 @@ class Pilot:
         """Too early for anything but a rescue."""
         trainer = self._settings.trainer
         return (
-            point.point.window <= self._settings.predictor.rest_windows
-            or here.clock < trainer.schedule.warmup_steps
+            # A window at the full rate: before, the loss falls as the rate rises, and so does its noise.
+            here.clock < trainer.schedule.warmup_steps + trainer.window_steps
             or point.history.contiguous_steps < trainer.window_steps
             or here.curve is None
         )

@@ -7,6 +7,7 @@ is imported by the product. The twins of optimizers and schedules are in trainer
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import statistics
 
@@ -183,17 +184,20 @@ def slow_noise_scale(rows):
     """McCandlish et al. 2018, A.1, in configured batches; None if unknown: from fewer than 16 measured steps.
 
     `rows` of (norm of a part, norm of the whole, share of the part or NaN, batch factor). The two batch sizes
-    stand as sizes here, and each average is a sum of weights times values.
+    stand as sizes here, and each average is a sum of weights times values. One stands for the steps since the
+    one before it, for four at most.
     """
-    pairs = []
-    for small, big, share, factor in rows:
+    pairs, numbers = [], []
+    for number, (small, big, share, factor) in enumerate(rows):
         if not math.isnan(share):
             big_batch, small_batch = factor, factor * share
             square = (big_batch * big**2 - small_batch * small**2) / (big_batch - small_batch)
             pairs.append((square, (small**2 - big**2) / (1 / small_batch - 1 / big_batch)))
+            numbers.append(number)
     if len(pairs) < 16:
         return None
-    weights = [(1 - 2 / 65) ** age for age in range(len(pairs))][::-1]
+    kept = [(63 / 65) ** min(4, gap) for gap in [1, *(b - a for a, b in itertools.pairwise(numbers))]]
+    weights = [(1 - keep) * math.prod(kept[i + 1 :]) for i, keep in enumerate(kept)]
     square, noise = (math.fsum(w * pair[i] for w, pair in zip(weights, pairs, strict=True)) for i in (0, 1))
     return noise / square if noise > 0 < square else None
 

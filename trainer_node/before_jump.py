@@ -20,6 +20,7 @@ def before_jump(progress: Progress, waiting_seconds: float, wanted: Controls | N
     losses = list(progress.recent_losses)
     changes = [later - earlier for earlier, later in itertools.pairwise(losses)]
     changes = [change for change in changes if math.isfinite(change)]  # pstdev raises on others
+    batch_factor = (wanted or progress.controls).batch_factor
     return Before(
         attempt=progress.attempt,
         recent_losses=losses,
@@ -29,7 +30,10 @@ def before_jump(progress: Progress, waiting_seconds: float, wanted: Controls | N
         waiting_seconds=waiting_seconds,
         full_step_seconds=full_step_seconds(progress),
         guard=progress.guard,
-        batch_change=wanted.batch_factor / progress.controls.batch_factor if wanted else 1.0,
+        clock=progress.clock,
+        controls=progress.controls,
+        batch_factor=batch_factor,
+        batch_change=batch_factor / progress.controls.batch_factor,
     )
 
 

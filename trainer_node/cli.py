@@ -14,6 +14,7 @@ import click
 
 from common.command import redis_option, run_command
 from common.config import dump_settings, load_settings, preset_names, setting_rows
+from common.control_checks import usable
 from common.errors import SettingsError
 from common.parent import stop_on_signals, stop_when_parent_goes
 from common.settings import RunSettings
@@ -83,7 +84,7 @@ def _resolve(
         extra.append(f"trainer.steps={steps}")
     if seed is not None:
         extra.append(f"trainer.seed={seed}")
-    return load_settings(preset=preset, file=config_file, overrides=extra)
+    return usable(load_settings(preset=preset, file=config_file, overrides=extra))
 
 
 def _toml_string(text: str) -> str:
@@ -278,6 +279,7 @@ def race(task: str | None, show_list: bool, **options: Any) -> None:
       trainer-node race --list
       trainer-node race digits --quick
       trainer-node race text --data book.txt --arms adamw-decay,ours --seeds 5 --budget 60
+      trainer-node race python --rule whole-stack --arms adamw-cosine,muon-decay,ours-muon --coarse
     """
     if show_list:
         from trainer_node.race.show import list_lines

@@ -34,6 +34,8 @@ _SWITCHES = {
 class StepPlan:
     number: int  # of the step, from 1
     rate_factor: float  # times the peak rate
+    betas: tuple[float, float]  # of Adam
+    moment_steps: float  # of this batch, that are in Adam's moments
     nominal_steps: float  # by which clock and data go on
     first_item: int  # from 0, over the whole run
     items: int
@@ -68,12 +70,21 @@ def plan_step(
         number=step + 1,
         rate_factor=rate_factor(clock, end, schedule)
         * rate_factor_of(controls, settings.controls.batch_rule),
+        betas=betas_of(controls, settings),
+        moment_steps=clock / controls.batch_factor,
         nominal_steps=nominal_steps,
         first_item=round(data_step * items_per_step),
         items=round(nominal_steps * items_per_step),
         micro_batch_items=settings.batch.sequences,
         context_tokens=controls.context_tokens,
     )
+
+
+def betas_of(controls: Controls, settings: TrainerSettings) -> tuple[float, float]:
+    """Of Adam, in steps of the batch in force: optim/moments.py says why."""
+    optimizer, batch_factor = settings.optimizer, controls.batch_factor
+    power = batch_factor if settings.controls.batch_betas else 1.0
+    return optimizer.beta1**power, optimizer.beta2**power
 
 
 def steps_left(controls: Controls, settings: TrainerSettings, clock: float) -> int:
@@ -130,6 +141,14 @@ def pieces_of(batches: Sequence[Batch], *, size: int, context_tokens: int = 0) -
     if not context_tokens:
         return pieces
     return [(cut_context(piece, context_tokens), divisor) for piece, divisor in pieces]
+
+
+def halved(pieces: Sequence[tuple[Batch, float]]) -> list[tuple[Batch, float]]:
+    """The same items in two pieces where they are one of two items or more, for the noise scale."""
+    if len(pieces) != 1:
+        return list(pieces)
+    batch = pieces[0][0]
+    return in_pieces([batch], -(-len(batch.inputs) // 2))
 
 
 def cut_context(batch: Batch, context_tokens: int) -> Batch:

@@ -19,6 +19,7 @@ import math
 from dataclasses import replace
 from functools import partial
 
+from common.control_rules import tolerance_of
 from common.errors import EnvironmentFault
 from common.messages import Outcome, PhaseDecision, Verdict
 from trainer_node import ledger as purposes
@@ -58,7 +59,15 @@ def start_jump(
     if snapshot is None:
         return replace(outcome, verdict=Verdict.FAILED)
     outcome = replace(outcome, snapshot_seconds=saving.seconds)
-    jump = Jump(decision, outcome, snapshot, _no_delta(tools), before.guard)
+    jump = Jump(
+        decision,
+        outcome,
+        snapshot,
+        _no_delta(tools),
+        before.guard,
+        batch_factor=before.batch_factor,
+        controls_before=before.controls,
+    )
     verdict = attempt(partial(_look_and_leap, tools, jump, before, forecaster))
     if isinstance(verdict, OutOfMemory):
         return fail_jump(tools, jump, verdict)
@@ -117,14 +126,17 @@ def _look(tools: JumpTools, jump: Jump, before: Before) -> None:
     """The guard loss before the jump, and what it would be after probation without one."""
     with tools.ledger.span(purposes.CHECKS, passes=tools.check_passes) as check:
         loss_before = tools.guard_loss()
+    # The record counts nominal steps, so that it holds at every batch; recent losses are of real steps.
+    nominal_steps = tools.probation_steps * before.batch_factor
     before.guard.observe(
-        jump.decision.base_step,
+        jump.decision.base_step if before.clock is None else before.clock,
         loss_before,
-        longest_steps=LONGEST_SAMPLE_PROBATIONS * tools.probation_steps,
+        longest_steps=LONGEST_SAMPLE_PROBATIONS * nominal_steps,
     )
     forecast = forecast_without_jump(
         before.recent_losses,
         horizon_steps=tools.probation_steps * before.batch_change,
+        guard_horizon_steps=nominal_steps,
         guard=before.guard,
         loss_noise=before.loss_noise,
     )
@@ -176,11 +188,17 @@ def _judge_jump(tools: JumpTools, jump: Jump) -> Outcome:
     with tools.ledger.span(purposes.CHECKS, passes=tools.check_passes) as check:
         loss_end = tools.guard_loss()
     before = jump.outcome
+    change = before.loss_forecast - before.loss_before
     verdict = judge(
         loss_before=before.loss_before,
         loss_end=loss_end,
-        forecast=NoJumpForecast(change=before.loss_forecast - before.loss_before, spread=before.loss_spread),
-        tolerance=tools.settings.tolerance,
+        forecast=NoJumpForecast(change=change, spread=before.loss_spread),
+        tolerance=tolerance_of(
+            jump.decision.controls or jump.controls_before,
+            jump.controls_before,
+            tolerance=tools.settings.tolerance,
+            forecast_change_nats=change,
+        ),
     )
     jump.outcome = replace(
         before,
@@ -191,7 +209,8 @@ def _judge_jump(tools: JumpTools, jump: Jump) -> Outcome:
     )
     if verdict is not Verdict.ACCEPTED:
         return _restore(tools, jump, verdict)
-    jump.guard.move_to(before.base_step + before.probation_steps, loss_end)
+    # It stands at the guard loss before the jump.
+    jump.guard.move_to(jump.guard.step + before.probation_steps * jump.batch_factor, loss_end)
     return jump.outcome
 
 

@@ -96,7 +96,10 @@ class OwnSteps:
     def _seen(self, loss: Tensor) -> StepTensors:
         norms_G = self._norms_G if self._norms_G is not None else gradient_norms(self._groups)
         return StepTensors(
-            loss=loss.detach().float().mean().to(norms_G.device),
+            loss=loss.detach()
+            .float()
+            .mean()
+            .to(norms_G.device),  # the mean is a copy: the loop may change its own
             gradient_norms_G=norms_G,
             clip_scale=torch.ones((), device=norms_G.device),
         )

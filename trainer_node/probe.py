@@ -31,9 +31,9 @@ class Pending:
 
     facts: Callable[[], StepFacts]
     attempt: int
-    host: Tensor  # (2 + G,) loss, clip scale, gradient norms; (3 + G,) where a part of the batch was measured
+    numbers: Tensor | list[float]  # as _packed has them; a tensor is on its way to the host
     arrived: torch.cuda.Event | None
-    small_share: float = math.nan  # how large that part is; NaN: there is none
+    small_share: float = math.nan  # of the batch, that was measured apart; NaN: none was
 
 
 class Probe:
@@ -86,17 +86,17 @@ class Probe:
 
     def record(self, tensors: StepTensors, facts: Callable[[], StepFacts], attempt: int) -> None:
         """Start moving a step's numbers to the host. `facts` are asked for when it is told."""
-        numbers = [tensors.loss.view(1), tensors.clip_scale.view(1), tensors.gradient_norms_G]
-        if tensors.small_norm is not None:
-            numbers.append(tensors.small_norm.view(1))
-        packed = torch.cat(numbers)
-        host, arrived = packed, None
+        packed, arrived = _packed(tensors), None
+        numbers: Tensor | list[float]
         if packed.is_cuda:
-            host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            host.copy_(packed, non_blocking=True)
+            numbers = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            numbers.copy_(packed, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._pending.append(Pending(facts, attempt, host, arrived, tensors.small_share))
+        else:
+            # Small tensors that are kept lie between those of the next steps and make these slower (lab log).
+            numbers = packed.tolist()
+        self._pending.append(Pending(facts, attempt, numbers, arrived, tensors.small_share))
 
     def collect(
         self, state: FeatureState, *, wait: bool, decision_point: DecisionPoint | None = None
@@ -122,8 +122,17 @@ class Probe:
         self._pending.clear()
 
 
+def _packed(tensors: StepTensors) -> Tensor:
+    """(2 + G,): loss, clip scale, gradient norms; (3 + G,) where a part of the batch was measured."""
+    numbers = [tensors.loss.view(1), tensors.clip_scale.view(1), tensors.gradient_norms_G]
+    if tensors.small_norm is not None:
+        numbers.append(tensors.small_norm.view(1))
+    return torch.cat(numbers)
+
+
 def _observation(pending: Pending, state: FeatureState, point: DecisionPoint | None) -> Observation:
-    loss, clip_scale, *norms = pending.host.tolist()
+    numbers = pending.numbers
+    loss, clip_scale, *norms = numbers if isinstance(numbers, list) else numbers.tolist()
     small_share = pending.small_share
     small_norm = norms.pop() if small_share == small_share else math.nan
     total_norm = sum(norm * norm for norm in norms) ** 0.5

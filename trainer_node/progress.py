@@ -16,7 +16,7 @@ from common.control_rules import NEUTRAL, context_of, schedule_of
 from common.messages import DIRECTIONS, Controls, Phase
 from common.schedule import decay_start_step
 from common.settings import TrainerSettings
-from trainer_node.controls import StepPlan, plan_step, steps_left
+from trainer_node.controls import StepPlan, betas_of, plan_step, steps_left
 from trainer_node.featurize import FeatureState, StepFacts
 from trainer_node.phases import PhaseRules, PhaseState, Position, first_state
 from trainer_node.spikes import CLEAR_STEPS
@@ -175,7 +175,8 @@ def _controls_from_json(values: dict) -> Controls:
 
 
 def _guard_from_json(values: dict) -> GuardRecord:
-    changes = [(int(steps), float(change)) for steps, change in values.get("changes", [])]
+    found = [(float(steps), float(change)) for steps, change in values.get("changes", [])]
+    changes = [(int(steps) if steps.is_integer() else steps, change) for steps, change in found]
     return GuardRecord(**{**values, "changes": changes})
 
 
@@ -227,6 +228,7 @@ def step_facts(
     """
     optimizer, end = settings.optimizer, schedule_of(controls, settings)
     real = step / (step + extra_steps) if extra_steps else 1
+    beta1, beta2 = betas_of(controls, settings)
     window_steps = state.window_steps or settings.window_steps
     lengths = {Phase.WARMUP: settings.statistics_steps, Phase.FULL: window_steps}
     phase_steps = lengths.get(state.phase, settings.probation_steps)
@@ -238,8 +240,8 @@ def step_facts(
         total_steps=end[0] * real,
         rate=rate_factor * optimizer.rate,
         peak_rate=optimizer.rate,
-        beta1=optimizer.beta1,
-        beta2=optimizer.beta2,
+        beta1=beta1,
+        beta2=beta2,
         weight_decay=optimizer.weight_decay,
         warmup_steps=settings.schedule.warmup_steps * real,
         decay_start_step=decay_start_step(*end) * real,

@@ -22,12 +22,14 @@ from torch import Tensor
 from common.control_rules import any_on
 from common.settings import TrainerSettings
 from trainer_node import ledger as purposes
-from trainer_node.controls import MicroBatches, StepPlan, pieces_of
+from trainer_node.controls import MicroBatches, StepPlan, halved, pieces_of
 from trainer_node.data import Batch, in_pieces
 from trainer_node.groups import ParameterGroup
 from trainer_node.ledger import TRAIN_PASSES, Ledger
 from trainer_node.memory_state import MemoryState
+from trainer_node.noise_scale import is_measured
 from trainer_node.optim.build import set_rates
+from trainer_node.optim.moments import follow_batch
 from trainer_node.out_of_memory import (
     MemoryExhausted,
     OutOfMemory,
@@ -88,6 +90,8 @@ class RealSteps:
     def take(self, plan: StepPlan, after_backward: Callable[[], None] | None = None) -> StepTaken:
         """Raises MemoryExhausted with everything as it was before, TornUpdate with torn weights."""
         set_rates(self._optimizers, plan.rate_factor)
+        if self._settings.controls.batch_betas:
+            follow_batch(self._optimizers, plan.betas, steps=plan.moment_steps)
         each = TRAIN_PASSES + (1.0 if self._memory.is_recomputing else 0.0)
         passes = each * self._settings.batch.accumulation * plan.nominal_steps
         with self._ledger.span(purposes.STEPS, passes=passes) as span:
@@ -141,6 +145,8 @@ class RealSteps:
             else:
                 size = size or plan.micro_batch_items
                 pieces = pieces_of(batches, size=size, context_tokens=plan.context_tokens)
+            if self._first_piece is not None and is_measured(plan.number):
+                pieces = halved(pieces)
             return make_gradients(
                 self._task.model,
                 self._task.loss,

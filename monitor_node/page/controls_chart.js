@@ -13,6 +13,8 @@ const KEPT = ["triangle-up", "kept", 0.03];
 const SET_BACK = ["triangle-down", "undone", 0.97];
 const LOOKS = { accepted: KEPT, refused: SET_BACK, ruined: SET_BACK, aborted: SET_BACK };
 const NOT_TAKEN = ["circle", "soft", 0.97];
+const MOST_NOISE = 32;
+const MOST_GAP_STEPS = 16;
 
 export function describeControls() {
   const [rows, trials] = [curve("controls"), curve("control_trials")];
@@ -22,8 +24,8 @@ export function describeControls() {
   const withContext = hasContext();
   const data = [
     noiseTrace(axis, colours),
-    stepTrace(rows, 1, "rate", axis, { color: colours.c1, width: 2.5 }, "y"),
-    stepTrace(rows, 2, "batch", axis, { color: colours["held-out"], width: 2.5 }, "y"),
+    stepTrace(rows, 1, "rate", axis, { color: colours.c1, width: 5 }, "y"), // seen below the batch where they are equal
+    stepTrace(rows, 2, "batch", axis, { color: colours["held-out"], width: 2 }, "y"),
     ...(withContext ? [stepTrace(rows, 3, "context", axis, { color: colours.c2, width: 2.5 }, "y3")] : []),
     trialTrace(trials, axis, colours),
   ];
@@ -50,12 +52,19 @@ function stepTrace(rows, place, name, axis, line, yaxis) {
 }
 
 function noiseTrace(axis, colours) {
-  const rows = curve("noise_scale");
+  const rows = withGaps(curve("noise_scale"));
   return {
     type: "scatter", mode: "lines", name: "noise scale / batch", line: { color: colours.c3, width: 1.2 },
     x: rows.map((now) => axis.of(now[0])), y: rows.map((now) => now[1]), customdata: rows.map((now) => whole(now[0])),
     hovertemplate: "step %{customdata}: %{y:.3~g}× batch<extra>noise scale</extra>",
   };
+}
+
+// No line through steps at which it was not known.
+function withGaps(rows) {
+  const spacing = rows.length > 1 ? (rows.at(-1)[0] - rows[0][0]) / (rows.length - 1) : 0;
+  const isGap = (place) => place > 0 && rows[place][0] - rows[place - 1][0] > Math.max(MOST_GAP_STEPS, 4 * spacing);
+  return rows.flatMap((now, place) => (isGap(place) ? [[rows[place - 1][0], null], now] : [now]));
 }
 
 function trialTrace(trials, axis, colours) {
@@ -67,10 +76,12 @@ function trialTrace(trials, axis, colours) {
   };
 }
 
-// Powers of two that hold every factor and most of the noise scale, with half a power to spare.
+// Powers of two that hold every factor and most of the noise scale, with half a power to spare. A noise scale far
+// from every batch leaves the chart: how the controls stand would be a flat line beside it.
 function factorTicks(rows) {
   const noise = curve("noise_scale").map((now) => now[1]).sort((a, b) => a - b);
-  const inner = [noise[Math.floor(0.02 * noise.length)], noise[Math.floor(0.98 * noise.length)]].filter((value) => value > 0);
+  const inner = [noise[Math.floor(0.02 * noise.length)], noise[Math.floor(0.98 * noise.length)]].filter((value) => value > 0)
+    .map((value) => Math.min(MOST_NOISE, Math.max(1 / MOST_NOISE, value)));
   return logTicks([0.5, 2, ...inner, ...rows.flatMap((now) => [now[1], now[2]])], (power) => (power < 0 ? `÷${2 ** -power}` : `×${2 ** power}`));
 }
 

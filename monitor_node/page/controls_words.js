@@ -9,6 +9,12 @@ const LOOKS = { accepted: "good", refused: "bad", ruined: "bad", aborted: "warn"
 export const hasMoved = () => curve("controls").some((now) => now[1] !== 1 || now[2] !== 1) || hasContext();
 export const hasContext = () => new Set(curve("controls").map((now) => now[3])).size > 1;
 
+// Why one was not taken is not to be read anywhere else; why one was set back stands in the next columns.
+function becameWords(trial) {
+  const words = LOOKS[trial.verdict] ? trial.became.split(":")[0] : trial.became;
+  return words + (trial.lost_steps ? `, ${trial.lost_steps} steps lost` : "");
+}
+
 export function drawControls(controls) {
   byId("controls-panel").hidden = !controls;
   if (!controls) return;
@@ -19,7 +25,7 @@ export function drawControls(controls) {
     row([
       [whole(trial.step)],
       [trial.change],
-      [trial.became.split(":")[0] + (trial.lost_steps ? `, ${trial.lost_steps} steps lost` : ""), LOOKS[trial.verdict] || "soft", trial.became],
+      [becameWords(trial), LOOKS[trial.verdict] || "soft", trial.became],
       [measured(trial, "loss_end")],
       [measured(trial, "loss_forecast") + (isKnown(trial.loss_forecast) ? " ± " + number(trial, "loss_spread") : "")],
       [trial.seen || DASH],

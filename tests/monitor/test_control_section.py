@@ -121,6 +121,20 @@ def test_a_whole_run_shows_every_control_with_its_reason() -> None:
     assert "Controls  The predictor may change rate, batch, context. In force: rate ×2" in top_of(page)
 
 
+def test_what_prediction_saves_is_not_told_of_steps_that_are_not_alike() -> None:
+    view = new_view("run")
+    for said in fake_run.fake_run("run", steps=300):
+        view.fold(said.message, sent_unix_seconds=said.at_seconds, at_seconds=said.at_seconds)
+    assert as_dict(view, now_seconds=30.0)["pace"]["saved_share"] is not None
+    view.curves.controls.observed(301, fake.observation(301, batch=2.0).features)
+    page = as_dict(view, now_seconds=30.0)
+    assert page["pace"]["saved_share"] is None
+    assert "other controls" in page["pace"]["because"]
+    assert "Prediction saves" not in page["run"]["words"]
+    assert "Prediction costs" not in page["run"]["words"]
+    assert "Whether they pay shows beside a run without them." in page["run"]["words"]
+
+
 def test_the_metrics_say_how_the_controls_stand() -> None:
     told = metrics_of(told_run())
     assert (told["hpt_rate_factor"], told["hpt_batch_factor"], told["hpt_context_tokens"]) == (2.0, 4.0, 256)

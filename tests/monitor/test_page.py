@@ -40,7 +40,7 @@ def test_the_page_shows_the_run_and_follows_it_live(browser: Browser, shown: Sho
     browser.wait_until(f"{text_of('run-id')} === 'demo-run'")
     assert browser.evaluate("document.title") == "demo-run · running"
     browser.wait_until(f"{text_of('tiles')}.includes('{shown.view.loss:.4f}')")
-    assert browser.evaluate("document.querySelectorAll('#proposals tr').length") == len(shown.view.outcomes)
+    assert browser.evaluate("document.querySelectorAll('#proposals tr').length") == len(shown.view.jumps.rows)
     assert "trainer" in browser.evaluate(text_of("nodes"))
     browser.wait_until(is_drawn("loss-chart"), deadline_seconds=90.0)
     shown.tell(fake.observation(shown.view.step + 1, 1.2345))

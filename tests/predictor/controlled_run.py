@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from common import features
-from common.control_rules import NEUTRAL, breach, schedule_of
+from common.control_rules import NEUTRAL, breach, schedule_of, tolerance_of
 from common.messages import Controls, Observation, Outcome, Phase, PhaseDecision, RunEnded, Verdict
 from common.settings import RunSettings
 from tests.predictor.scripted import NUM_GROUPS, Publish, outcome, point, small_settings, started
@@ -211,7 +211,12 @@ class ControlledTrainer:
             self._take(publish, Phase.CORRECT)
         loss_end = FLOOR + self.excess
         verdict = self.verdict(decision) or judge(
-            loss_before=loss_before, loss_end=loss_end, forecast=forecast, tolerance=1.0
+            loss_before=loss_before,
+            loss_end=loss_end,
+            forecast=forecast,
+            tolerance=tolerance_of(
+                wanted, before.controls, tolerance=1.0, forecast_change_nats=forecast.change
+            ),
         )
         lost_steps = 0
         lost_seconds = 0.0

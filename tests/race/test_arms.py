@@ -87,7 +87,8 @@ def test_data_and_predictor_state_reach_the_run() -> None:
     ("call", "hint"),
     [
         (lambda: arm_named("shnoo"), "did you mean snoo"),
-        (lambda: arm_named("zzz"), "adamw-constant"),
+        (lambda: arm_named("zzz"), "race --list"),
+        (lambda: arm_named("ours-hand-free"), "did you mean ours-hands-free"),
         (lambda: knobs_of(ARMS["snoo"], (("arm.push_steps", 1.0),)), "arm.outer_rate"),
         (lambda: run_settings(ARMS["ours"], BASE, (("trainer.rates", 1),), steps=9, seed=0), "trainer.rates"),
     ],

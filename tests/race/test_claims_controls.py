@@ -40,10 +40,11 @@ def file(
 ) -> Evidence:
     """The headline arm has `ratio` against the reference; `others` by (arm, versus)."""
     reference, headline = RULES[rule].plain_arms[-1], RULES[rule].headlines[0]
-    ratios = {(headline, reference): ratio, **(others or {})}
+    ratios = {(arm, reference): ratio for arm in (headline, *GROUPS.get(headline, ()))} | dict(others or {})
     return Evidence(
-        task=task, rule=rule, target=1.0, seeds=tuple(range(10)), trials=8, machine="made up",
-        date="2026-11-22", command=f"trainer-node race {task} --rule {rule}", base_steps=200,
+        task=task, rule=rule, target=1.0, seeds=tuple(range(10)), trials=RULES[rule].trials,
+        machine="made up", date="2026-11-22", base_steps=200,
+        command=f"trainer-node race {task} --rule {rule}",
         arms=dict.fromkeys(RULES[rule].arms, ARM), reference_arm=reference, headline_arm=headline,
         pairs=tuple(
             PairEvidence(
@@ -83,12 +84,14 @@ def test_a_bar_is_met_by_the_numbers_and_by_nothing_else(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", CHAPTERS)
 def test_a_bar_is_not_met_by_the_tasks_that_came_out_well(rule: str) -> None:
-    """All six, to the end, with ten seeds."""
+    """All six, to the end, with ten seeds and the rule's own trials: a sweep of two is no sweep."""
     good = files(rule, [9.0] * 6)
     said = CHAPTERS[rule](good[:-1])[0]
     assert said.startswith("**Not met**")
     assert CPU_TASKS[-1] in said
-    for change in ({"seeds": (0, 1, 2)}, {"missing": ("ours: still has runs to do",)}):
+    changes = [{"seeds": (0, 1, 2)}, {"missing": ("ours: still has runs to do",)}]
+    changes += [{"trials": RULES[rule].trials - 1}] if RULES[rule].tunes else []
+    for change in changes:
         weaker = [*good[:-1], dataclasses.replace(good[-1], **change)]  # type: ignore[arg-type]
         assert CHAPTERS[rule](weaker)[0].startswith("**Not met**")
 
@@ -112,6 +115,46 @@ def test_the_ramp_counts_the_faster_of_the_fixed_arms() -> None:
     assert ramp(slower)[0].startswith("**Not met**: 0 of 6")
 
 
+@pytest.mark.parametrize("start", GROUPS["ours-hands-free"])
+@pytest.mark.parametrize("rival", ["adamw-swept", "adamw-decay"])
+def test_one_bad_start_or_a_faster_fixed_arm_is_not_hands_free(start: str, rival: str) -> None:
+    good = files("hands-free", [1.0] * 6)
+    assert hands_free(good)[0].startswith("**Met**")
+    slow = file(CPU_TASKS[0], "hands-free", 1.0, {(start, rival): 0.97})
+    assert hands_free([slow, *good[1:]])[0].startswith("**Not met**: 5 of 6")
+
+
+@pytest.mark.parametrize(("rule", "claim"), [("hands-free", hands_free), ("ramp", ramp)])
+def test_without_the_tuned_arm_of_the_task_s_own_batch_nothing_is_met(rule: str, claim: Claim) -> None:
+    weaker = [
+        dataclasses.replace(one, arms={name: arm for name, arm in one.arms.items() if name != "adamw-decay"})
+        for one in files(rule, [2.0] * 6)
+    ]
+    assert claim(weaker)[0].startswith("**Not met**: 0 of 6")
+
+
+@pytest.mark.parametrize(("end", "met"), [(1.005, True), (1.006, False)])
+def test_a_planned_run_that_controls_end_early_and_higher_is_harmed_however_fast_it_was(
+    end: float, met: bool
+) -> None:
+    good = files("controls", [1.5] * 6)
+    worse = dataclasses.replace(ARM, final_quality_median=end)
+    one = dataclasses.replace(good[0], arms={**good[0].arms, "ours-controls": worse})
+    said = controls_do_no_harm([one, *good[1:]])[0]
+    assert said.startswith("**Met**" if met else "**Not met**: 5 of 6")
+
+
+def test_a_start_that_is_less_wrong_than_its_name_says_so() -> None:
+    one, start = file("python", "hands-free", 1.0), "ours-hands-free-batch-low"
+    key = "arm.batch_factor"
+    configs = {"adamw-swept": {key: 0.25}, start: {key: 0.125}}
+    arms = {name: dataclasses.replace(ARM, config=configs.get(name, {})) for name in one.arms}
+    said = "\n".join(hands_free([dataclasses.replace(one, arms=arms)]))
+    assert said.count("(batch × 0.5 only)") == 1
+    whole = {**arms, start: dataclasses.replace(ARM, config={key: 0.0625})}
+    assert "only)" not in "\n".join(hands_free([dataclasses.replace(one, arms=whole)]))
+
+
 def test_a_rescue_has_its_own_bar() -> None:
     pair = ("ours-rescue", "adamw-swept")
     said = hands_free([file("digits", "hands-free", 1.0, {pair: 0.91})])
@@ -122,7 +165,7 @@ def test_a_rescue_has_its_own_bar() -> None:
 
 def test_a_reference_that_never_gets_there_is_said_in_words() -> None:
     weak = "adamw-3e-4-cosine"
-    one = file("digits", "untuned", 3.0, {("ours-muon", weak): None})  # type: ignore[dict-item]
+    one = file("digits", "untuned", 3.0, {("ours-muon-defaults", weak): None})  # type: ignore[dict-item]
     lost = dataclasses.replace(ARM, seconds_median=None, misses=10)
     one = dataclasses.replace(one, arms={**one.arms, weak: lost})
     assert any(f"{weak} never got there" in line for line in untuned([one]))
@@ -131,9 +174,10 @@ def test_a_reference_that_never_gets_there_is_said_in_words() -> None:
 def test_each_part_of_the_whole_stack_has_its_own_factor() -> None:
     others = {(part.arm, part.versus): 1.1 + i / 10 for i, part in enumerate(RULES["whole-stack"].parts)}
     said = "\n".join(whole_stack([file("digits", "whole-stack", 2.0, others)]))
-    for word, number in (("schedule", 1.1), ("Muon", 1.2), ("read-out", 1.3), ("prediction", 1.4)):
+    words = ("schedule alone", "Muon alone", "read-out alone", "prediction alone", "prediction on top")
+    for word, number in zip(words, (1.1, 1.2, 1.3, 1.4, 1.6), strict=True):
         assert f"{word} (" in said
-        assert f"| {number:.3f}× |" in said
+        assert f" {number:.3f}× |" in said
 
 
 def test_the_page_has_a_section_and_a_verdict_for_every_file(tmp_path: Path) -> None:
@@ -165,6 +209,7 @@ def test_the_number_of_a_group_is_the_median_over_its_arms_and_seeds() -> None:
     made = evidence.evidence_of(figures)
     assert made.headline_arm == "ours-hands-free"
     assert {pair.arm for pair in made.pairs if pair.versus == reference} == {"ours-hands-free", *group}
+    assert {pair.versus for pair in made.pairs if pair.arm == group[0]} == {reference, *group[1:]}
     without = race_figures(race, [r for r in results if r.key.arm != group[0]], read_mid_run=frozenset())
     assert without.pair("ours-hands-free", reference).pairs == 0  # type: ignore[union-attr]
 

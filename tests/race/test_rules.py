@@ -10,18 +10,23 @@ import pytest
 from common.errors import SettingsError
 from common.settings import OptimizerSettings, RunSettings
 from tests.race.fake_race import run_fake
+from tests.race.synthetic_race import record, run
 from trainer_node.race import evidence
 from trainer_node.race.arm_table import ARMS, BATCH_FACTOR, GROUPS
 from trainer_node.race.arms import run_settings
+from trainer_node.race.figures import race_figures
+from trainer_node.race.look import DASHES, colour_of
 from trainer_node.race.options import RaceOptions, plan_of
 from trainer_node.race.plan import TUNING_SEED, RacePlan, chosen_arms
 from trainer_node.race.race import race
 from trainer_node.race.results import FILE_NAME, read_results
 from trainer_node.race.rules import RULES, headline_arm
 from trainer_node.race.run_result import RunKey
+from trainer_node.race.show import list_lines
 from trainer_node.race.space import trial_config
 from trainer_node.race.tasks import CPU_TASKS, NEEDS_DATA
 from trainer_node.race.waves import Standing
+from trainer_node.race.words import headline
 
 RATE = "trainer.optimizer.rate"
 REFERENCES = {
@@ -76,7 +81,22 @@ def test_whole_stack_parts_lead_from_the_reference_to_ours_one_at_a_time() -> No
     assert at["ours-muon"].predictor.enabled
     assert at["ours-muon"].predictor.temper == "balanced"
     assert at["ours-muon"].trainer == at["muon-decay"].trainer
-    assert plan.own_trials(ARMS["adamw-cosine"]) == plan.own_trials(ARMS["muon-decay"]) == 2 * plan.trials
+    assert at["ours-cosine"].trainer == at["adamw-cosine"].trainer
+    assert at["muon-cosine"].trainer.schedule == at["adamw-cosine"].trainer.schedule
+    assert at["adamw-cosine-ema"].trainer == at["adamw-cosine"].trainer
+
+
+def test_the_tuned_reference_of_the_whole_stack_has_no_fewer_trials_than_ours() -> None:
+    """Those of the arm that ours wraps, whose choice it takes; ours has none on top of them."""
+    plan = plan_for("python", "whole-stack")
+    plain = [
+        plan.own_trials(ARMS[name]) for name in ("adamw-cosine", "adamw-decay", "muon-decay", "muon-cosine")
+    ]
+    assert plain == [2 * plan.trials] * 4
+    for name in ("ours-muon", "ours-cosine"):
+        assert not plan.needs_trials(ARMS[name])
+    few = plan_for("python", "whole-stack", arms="adamw-cosine,muon-decay,ours-muon")
+    assert few.own_trials(ARMS["adamw-cosine"]) == few.own_trials(ARMS["muon-decay"]) == few.trials
 
 
 def test_the_untuned_reference_keeps_its_rate_and_the_batch_of_the_task() -> None:
@@ -89,10 +109,15 @@ def test_the_untuned_reference_keeps_its_rate_and_the_batch_of_the_task() -> Non
         ours = settings_at_defaults(plan, "ours-muon").trainer.optimizer
         preset = plan.base.trainer.optimizer
         assert (ours.rate, ours.muon_rate) == (preset.rate, preset.muon_rate)
-        own, product = settings_at_defaults(plan, "ours-muon-defaults").trainer.optimizer, OptimizerSettings()
-        assert (own.rate, own.muon_rate, own.weight_decay) == (
-            product.rate, product.muon_rate, product.weight_decay,
-        )  # fmt: skip
+
+
+def test_the_untuned_headline_runs_at_the_product_s_defaults_and_not_at_rates_swept_on_the_task() -> None:
+    assert RULES["untuned"].headlines == ("ours-muon-defaults",)
+    for task in CPU_TASKS:
+        plan = plan_for(task, "untuned")
+        own = settings_at_defaults(plan, "ours-muon-defaults").trainer
+        assert own.optimizer == OptimizerSettings()
+        assert own == settings_at_defaults(plan, "muon-defaults").trainer
 
 
 def test_hands_free_arms_start_four_times_off_what_the_sweep_chose_with_rate_and_batch_controlled() -> None:
@@ -115,6 +140,12 @@ def test_the_sweep_has_sixteen_trials_and_our_arms_none() -> None:
         plan = plan_for("digits", rule)
         assert plan.own_trials(ARMS["adamw-swept"]) == 16
         assert not any(plan.needs_trials(ARMS[name]) for name in plan.arms if ARMS[name].is_ours)
+
+
+@pytest.mark.parametrize("rule", REFERENCES)
+def test_no_two_arms_of_a_rule_look_the_same_in_its_pictures(rule: str) -> None:
+    looks = [(colour_of(name), DASHES.get(name, "-")) for name in RULES[rule].arms]
+    assert len(set(looks)) == len(looks), sorted(map(str, looks))
 
 
 def test_every_control_stands_alone_and_all_of_them_together() -> None:
@@ -191,6 +222,23 @@ def test_a_quick_race_of_every_rule_has_a_result(
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["race"]["incomplete"] == []
     assert report["race"]["reference_arm"] in REFERENCES[rule]
+
+
+def test_a_race_without_all_arms_of_its_result_says_so_and_names_them() -> None:
+    arms = ("adamw-swept", "ours-hands-free-rate-high")
+    race = record(arms, rule="hands-free", reference_arm="adamw-swept")
+    results = [run(arm, steps, 0) for arm in arms for steps in (200, 400)]
+    said = headline(race_figures(race, results, read_mid_run=frozenset()))
+    assert said.startswith("This race on python has no result: ours-hands-free,")
+
+
+def test_the_list_of_races_names_result_and_reference_of_every_rule_and_every_group() -> None:
+    said = "\n".join(list_lines())
+    for rule in RULES.values():
+        assert f"the result is that of {' or '.join(rule.headlines)}, against {rule.plain_arms[0]}" in said
+    for name, members in GROUPS.items():
+        assert f"{name} " in said
+        assert ", ".join(members) in said
 
 
 def test_a_group_stands_for_its_arms() -> None:

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.control_rules import NEUTRAL, breach, schedule_of
@@ -64,6 +64,7 @@ def taken(nominal_steps: float) -> StepTaken:
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(FACTORS, max_size=90), st.sampled_from([4, 8]), st.integers(1, 3), st.integers(0, 3))
+@example([0.25, 0.25, 0.25, 1.0, 2.0, 0.25], 4, 1, 0)  # the clock stands between the last two of the warm-up
 def test_every_item_is_used_once_in_order_and_the_run_ends_after_the_same_number(
     factors, sequences, accumulation, skipped
 ):
@@ -97,6 +98,18 @@ def test_every_item_is_used_once_in_order_and_the_run_ends_after_the_same_number
         zip(clocks, scheduled, strict=True), list(zip(clocks, scheduled, strict=True))[1:], strict=False
     ):
         assert abs(r2 - r1) <= (c2 - c1) / 4 + 1e-12
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "one-cycle", "wsd"])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 2, 7])
+def test_between_two_steps_the_rate_is_between_theirs(name: str, warmup_steps: int) -> None:
+    """Small batches bring the clock there. At the end of a warm-up it once was above the peak."""
+    schedule = replace(trainer().schedule, name=name, warmup_steps=warmup_steps)
+    rates = [rate_factor(step / 64, 20, schedule) for step in range(64 * 20 + 1)]
+    for step in range(20):
+        whole = rates[64 * step], rates[64 * step + 64]
+        assert all(min(whole) - 1e-12 <= rate <= max(whole) + 1e-12 for rate in rates[64 * step :][:64])
+    assert max(rates) == 1.0
 
 
 def test_amounts_are_exact_over_the_longest_run():

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from tests.trainer import own
 from tests.trainer.test_controls import ALL_ON
 from tests.trainer.test_loop import plain_weights, proposal
 from tests.trainer.tiny import ScriptedLinks, same_bits, tiny_loop, tiny_settings, weights_of
-from trainer_node import checkpoint, jump
+from trainer_node import checkpoint, jump, real_step
 from trainer_node.checkpoint import Checkpoints
 from trainer_node.data import Batch
 from trainer_node.housekeeping import Housekeeping
@@ -72,6 +73,18 @@ def run(answer, *overrides: str, **options) -> tuple[Loop, ScriptedLinks]:
     return loop, links
 
 
+@cache
+def undisturbed() -> list[torch.Tensor]:
+    """Weights of a run with all switches on that nobody proposes anything to."""
+    return weights_of(run(lambda _: None)[0])
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step is taken in halves for the noise scale: that is the same step up to rounding only."""
+    monkeypatch.setattr(real_step, "is_measured", lambda _: False, raising=False)
+
+
 def all_bits(loop: Loop) -> list[torch.Tensor]:
     return [*weights_of(loop), *[t.clone() for t in optimizer_tensors(loop.optimizers)]]
 
@@ -107,12 +120,14 @@ def test_with_all_switches_off_controls_are_refused_and_leave_no_trace(name: str
     assert "is off" in told.pop()
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_switches_alone_change_no_bit() -> None:
     loop, _ = run(lambda _: None)
     assert same_bits(weights_of(loop), plain_weights())
     assert loop.task.train.used == list(range(60))
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_neutral_controls_change_no_bit_of_a_jump() -> None:
     left, left_links = run(lambda o: replace(proposal(o, 0.3), controls=Controls()))
     right, right_links = run(lambda o: replace(proposal(o, 0.3), controls=None), on=())
@@ -143,14 +158,14 @@ def test_a_bad_proposal_of_controls_changes_nothing(name: str) -> None:
     assert verdicts(links)[0] is Verdict.MALFORMED
     assert set(verdicts(links)) == {Verdict.MALFORMED}
     assert loop.progress.controls == Controls()
-    assert same_bits(weights_of(loop), plain_weights())
+    assert same_bits(weights_of(loop), undisturbed())
 
 
 def test_rest_never_changes_controls() -> None:
     resting = Controls(rate_factor=2.0)
     loop, links = run(lambda o: replace(of_controls(o, resting), phase=Phase.FULL))
     assert {o.verdict for o in links.of(Outcome)} == {Verdict.REST}
-    assert same_bits(weights_of(loop), plain_weights())
+    assert same_bits(weights_of(loop), undisturbed())
 
 
 def test_a_veto_holds_for_controls_too() -> None:
@@ -158,7 +173,7 @@ def test_a_veto_holds_for_controls_too() -> None:
     links.reason = "memory"
     loop.run()
     assert Verdict.VETOED in verdicts(links)
-    assert same_bits(weights_of(loop), plain_weights())
+    assert same_bits(weights_of(loop), undisturbed())
 
 
 @pytest.mark.parametrize("name", [*CHANGES, "all"])
@@ -297,7 +312,7 @@ def test_what_a_ruinous_jump_brought_is_not_in_force() -> None:
     loop, links = run(both)
     assert verdicts(links) == [Verdict.RUINED]
     assert loop.progress.controls == Controls()
-    assert same_bits(weights_of(loop), plain_weights())
+    assert same_bits(weights_of(loop), undisturbed())
 
 
 def test_without_the_guard_controls_simply_stay() -> None:
@@ -326,12 +341,15 @@ def test_a_ruinous_rate_is_refused_by_the_guard_itself_and_a_kind_one_is_kept() 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_controls_are_judged_at_equal_data(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    horizons = []
+    horizons, of_guard = [], []
     forecast = jump.forecast_without_jump
 
-    def noted(*arguments, horizon_steps, **named):
+    def noted(*arguments, horizon_steps, guard_horizon_steps, **named):
         horizons.append(horizon_steps)
-        return forecast(*arguments, horizon_steps=horizon_steps, **named)
+        of_guard.append(guard_horizon_steps)
+        return forecast(
+            *arguments, horizon_steps=horizon_steps, guard_horizon_steps=guard_horizon_steps, **named
+        )
 
     monkeypatch.setattr(jump, "forecast_without_jump", noted)
     run(
@@ -339,6 +357,27 @@ def test_controls_are_judged_at_equal_data(factor: float, monkeypatch: pytest.Mo
     )
     assert horizons[0] == 6 * factor
     assert set(horizons[1:]) <= {6, 6 * factor}
+    assert set(of_guard) == {6 * factor}  # both ask for this batch
+
+
+def test_what_the_guard_learns_is_per_token_whatever_the_batch(judged) -> None:
+    """At each judgement its record stands at the clock, and between two of them lie steps of data."""
+    judged(Verdict.ACCEPTED)
+    halves, doubles = Controls(batch_factor=0.5), Controls(batch_factor=2.0)
+    loop, _ = looped(script({FIRST: halves, SECOND: doubles, THIRD: replace(doubles, rate_factor=0.5)}),
+                         "trainer.controls.batch_change=4", "trainer.steps=90")  # fmt: skip
+    emit, clocks = loop.emit, []
+
+    def listen(message: object) -> None:
+        emit(message)  # type: ignore[arg-type]
+        if isinstance(message, Outcome) and message.verdict is Verdict.ACCEPTED:
+            clocks.append(loop.progress.clock)
+            assert loop.progress.guard.step == loop.progress.clock
+
+    loop.emit = listen
+    loop.run()
+    assert clocks == [FIRST + 3, FIRST + 3 + 3 + 12, FIRST + 3 + 3 + 12 + 12 + 12]
+    assert [steps for steps, _ in loop.progress.guard.changes] == [3, 12]
 
 
 @pytest.fixture
@@ -363,6 +402,7 @@ def text_job(tmp_path: Path) -> tuple[str, ...]:
     )
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_shorter_windows_train_on_the_same_tokens_in_the_same_order(judged, text_job) -> None:
     judged(Verdict.ACCEPTED)
     shapes: list[tuple[int, ...]] = []

@@ -1,6 +1,7 @@
 """The gradient noise scale: its estimate where the truth is known, and that measuring it leaves no trace."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -15,10 +16,11 @@ from common.features import INDEX
 from tests.references import slow_noise_scale
 from tests.trainer.small_job import bits, small_job
 from tests.trainer.test_featurize import FACTS
+from trainer_node.controls import halved
 from trainer_node.data import Batch, in_pieces
 from trainer_node.featurize import FeatureState
 from trainer_node.groups import ParameterGroup
-from trainer_node.noise_scale import KNOWN_AFTER_STEPS, NoiseScale, estimates, with_step
+from trainer_node.noise_scale import KNOWN_AFTER_STEPS, NoiseScale, estimates, is_measured, with_step
 from trainer_node.probe import Probe
 from trainer_node.ranks import OneRank
 from trainer_node.split import WHOLE, Split
@@ -273,3 +275,56 @@ def test_of_several_ranks_the_first_piece_is_the_part_that_its_gradient_stands_f
     first.norm, first.share = torch.tensor(3.0), 0.5
     found, found_share = first.of_whole(split)
     assert (float(found), found_share) == (norm, share)
+
+
+@pytest.mark.parametrize("deviation", [0.3, 1.0, 2.0], ids=["small", "as the batch", "large"])
+def test_a_step_of_one_piece_is_measured_now_and_then_and_tells_the_same_scale(deviation):
+    """Of 16 measured steps and of 60, a factor of 2 at most from the truth; unknown one step before."""
+    model, state, random = Quadratic(deviation), FeatureState(), torch.Generator().manual_seed(3)
+    known = {}
+    for step in range(1, 1601):
+        batch = Batch(deviation * torch.randn(64, NUM_WEIGHTS, generator=random), torch.zeros(64))
+        pieces = halved([(batch, 1.0)]) if is_measured(step) else [(batch, 1.0)]
+        known[step] = told_once(model, pieces, state)
+    assert (known[127][0], known[128][0]) == (0.0, 1.0)
+    for step in (128, 1600):
+        assert 0.5 < 10 ** known[step][1] * 64 / model.noise_scale < 2.0
+
+
+def told_once(model, pieces, state):
+    """(whether the scale is known, log10 of it in batches) after one more step."""
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.0)]
+    groups = [ParameterGroup("weights", ("weights",), (model.weights,))]
+    first, probe = FirstPiece(groups), Probe([], None)
+    loss = make_gradients(model, model.loss_of, pieces, optimizers, first=first)
+    probe.record(update(loss, optimizers, groups, clip_norm=0.1, first=first), lambda: FACTS, 0)
+    features = probe.collect(state, wait=True)[-1].features
+    return features[KNOWN], features[SCALE]
+
+
+@pytest.mark.parametrize("items", [1, 2, 3, 16])
+def test_halves_have_the_gradient_of_the_whole_up_to_rounding(items):
+    model = Quadratic(1.0)
+    batch = Batch(torch.randn(items, NUM_WEIGHTS, generator=torch.Generator().manual_seed(0)), None)
+    batch = dataclasses.replace(batch, targets=torch.arange(items))
+    pieces = halved([(batch, 1.0)])
+    assert [len(piece.inputs) for piece, _ in pieces] == ([1] if items == 1 else [-(-items // 2), items // 2])
+    assert torch.equal(torch.cat([piece.targets for piece, _ in pieces]), batch.targets)
+    gradients = []
+    for of in (pieces, [(batch, 1.0)]):
+        make_gradients(model, model.loss_of, of, [torch.optim.SGD(model.parameters(), lr=0.0)])
+        gradients.append(model.weights.grad.clone())
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-7)
+
+
+def test_pieces_that_tell_the_scale_already_are_left_as_they_are():
+    pieces = equally([Batch(torch.zeros(4, 2), torch.zeros(4))] * 2)
+    assert halved(pieces) == pieces
+
+
+def test_few_steps_are_taken_in_halves():
+    """16 of the first 128, then one in 32: 1.55 times the time in these is below 2 % of 2,000 steps."""
+    measured = [step for step in range(1, 2001) if is_measured(step)]
+    assert sum(step <= 128 for step in measured) == KNOWN_AFTER_STEPS
+    assert len(measured) * 0.55 / 2000 < 0.025
+    assert max(b - a for a, b in itertools.pairwise([0, *measured])) == 32

@@ -169,6 +169,11 @@ _CLASSIC = (
 )
 
 _COSINE: Pairs = (("trainer.schedule.name", "cosine"),)
+_DEFAULTS: Pairs = (
+    (_RATE, OptimizerSettings().rate),
+    ("trainer.optimizer.muon_rate", OptimizerSettings().muon_rate),
+    (_WEIGHT_DECAY, OptimizerSettings().weight_decay),
+)
 _SWITCHES = ("rate", "batch", "context", "decay", "read_out")
 _BATCH: Pairs = ((BATCH_FACTOR, 1.0),)
 
@@ -178,13 +183,13 @@ def _controls(*switches: str) -> Pairs:
     return (*_LEARNED, *((f"trainer.controls.{name}", True) for name in switches))
 
 
-def _started(name: str, meaning: str, **off_by: float) -> Arm:
+def _started(name: str, meaning: str, *switches: str, **off_by: float) -> Arm:
     """Started off the settings that the sweep chose, with rate and batch under control; nothing is tuned."""
     keys = {"rate": _RATE, "batch": BATCH_FACTOR}
     return _ours(
         name,
         meaning,
-        _controls("rate", "batch"),
+        _controls(*(switches or ("rate", "batch"))),
         wraps="adamw-swept",
         knobs=_BATCH,
         off_by=tuple((keys[key], factor) for key, factor in off_by.items()),
@@ -193,11 +198,33 @@ def _started(name: str, meaning: str, **off_by: float) -> Arm:
 
 _WHOLE_STACK = (
     Arm(name="adamw-cosine", meaning="AdamW with a cosine", tuned=(_RATE, _WEIGHT_DECAY), settings=_COSINE),
+    Arm(
+        name="adamw-cosine-ema",
+        meaning="the same, averaged weights handed out",
+        tuned=("arm.average_share",),
+        wraps="adamw-cosine",
+        method="ema",
+        settings=_COSINE,
+        knobs=(("arm.average_share", 0.03),),
+    ),
+    Arm(
+        name="muon-cosine",
+        meaning="Muon with a cosine",
+        base_optimizer="muon",
+        tuned=("trainer.optimizer.muon_rate", _RATE, _WEIGHT_DECAY),
+        settings=_COSINE,
+    ),
+    # Ours have no trials of their own here: every one would be one more than the reference has.
+    _ours(
+        "ours-cosine",
+        "adamw-cosine with world model and bandit: the balanced temper",
+        (*_LEARNED, *_COSINE),
+        wraps="adamw-cosine",
+    ),
     _ours(
         "ours-muon",
         "Muon with a decayed rate, world model and bandit: the balanced temper",
         _LEARNED,
-        tuned=_AVERAGE,
         base_optimizer="muon",
         wraps="muon-decay",
     ),
@@ -211,17 +238,18 @@ _UNTUNED = (
         )
         for text, rate in (("3e-4", 3e-4), ("1e-3", 1e-3))
     ),
+    Arm(
+        name="muon-defaults",
+        meaning="Muon at the rates of the product, none of the task's preset",
+        base_optimizer="muon",
+        settings=_DEFAULTS,
+    ),
     _ours(
         "ours-muon-defaults",
-        "ours-muon at the rates of the product, none of the task's preset",
-        (
-            *_LEARNED,
-            (_RATE, OptimizerSettings().rate),
-            ("trainer.optimizer.muon_rate", OptimizerSettings().muon_rate),
-            (_WEIGHT_DECAY, OptimizerSettings().weight_decay),
-        ),
+        "the same with world model and bandit: what a user gets who sets nothing",
+        (*_LEARNED, *_DEFAULTS),
         base_optimizer="muon",
-        wraps="",
+        wraps="muon-defaults",
     ),
 )
 _CONTROLLED = (
@@ -237,6 +265,8 @@ _CONTROLLED = (
     _started("ours-hands-free-batch-low", "controlled, started at a quarter of the best batch", batch=0.25),
     _started("ours-rescue", "controlled, started at 30 times the best rate", rate=30.0),
     _started("ours-ramp", "controlled, started at the best fixed rate and batch"),
+    _started("ours-ramp-rate", "ours-ramp with the control of the rate alone", "rate"),
+    _started("ours-ramp-batch", "ours-ramp with the control of the batch alone", "batch"),
     _ours("ours-controls", "ours with every control on", _controls(*_SWITCHES), tuned=_AVERAGE),
     *(
         _ours(

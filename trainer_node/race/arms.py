@@ -14,7 +14,7 @@ from typing import Any
 from common.config import dump_settings, parse_settings
 from common.errors import SettingsError
 from common.settings import RunSettings
-from trainer_node.race.arm_table import ARMS, KNOB, Arm, Pairs
+from trainer_node.race.arm_table import ARMS, GROUPS, KNOB, Arm, Pairs
 from trainer_node.race.batch_size import batch_factor, resized, steps_of
 
 __all__ = ["ARMS", "KNOB", "Arm", "Pairs", "arm_named", "knobs_of", "run_settings", "with_settings"]
@@ -25,9 +25,9 @@ _NO_PREDICTOR: Pairs = (("predictor.enabled", False),)
 def arm_named(name: str) -> Arm:
     """Raises SettingsError with the nearest name."""
     if name not in ARMS:
-        close = difflib.get_close_matches(name, list(ARMS), n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise SettingsError(f"unknown arm '{name}'{hint}; arms: {', '.join(ARMS)}")
+        close = difflib.get_close_matches(name, [*ARMS, *GROUPS], n=1, cutoff=0.5)
+        hint = f": did you mean {close[0]}?" if close else ";"
+        raise SettingsError(f"unknown arm '{name}'{hint} `trainer-node race --list` shows all")
     return ARMS[name]
 
 

@@ -32,7 +32,7 @@ def no_harm(files: Sequence[Evidence]) -> list[str]:
     for evidence in _of_rule(files, "decayed"):
         ours, plain = _ours(evidence), evidence.arms.get(_ours(evidence).plain_arm)
         pair = evidence.against(_ours(evidence).plain_arm)
-        gap = None if plain is None else _loss_gap(ours, plain)
+        gap = None if plain is None else loss_gap(ours, plain)
         slow_ok = pair is not None and pair.ratio_median is not None and not regressions([pair.ratio_median])
         good = slow_ok and gap is not None and gap <= LOSS_GAP
         harmless += good
@@ -161,7 +161,7 @@ def _reaches(pair: PairEvidence | None, goal: float, low: float | None) -> bool:
     return pair.ratio_median >= goal and (low is None or pair.ratio_low95 > low)
 
 
-def _loss_gap(ours: ArmEvidence, plain: ArmEvidence) -> float | None:
+def loss_gap(ours: ArmEvidence, plain: ArmEvidence) -> float | None:
     """How much higher ours ends, at equal steps or at equal passes, whichever is worse; None if unknown."""
     pairs = (
         (ours.final_quality_median, plain.final_quality_median),

@@ -44,7 +44,7 @@ class ArmEvidence:
     seconds_free_core_median: float | None = None
     ratio_free_core_median: float | None = None
     ratio_passes_median: float | None = None
-    final_quality_equal_passes_median: float | None = None  # after 3 base_steps forward-equivalents
+    final_quality_equal_passes_median: float | None = None  # for the passes of base_steps plain steps
     sign_test_p: float | None = None
     plain_arm: str = ""  # the same optimizer without the method
     reading: str = ""
@@ -108,7 +108,7 @@ def evidence_of(figures: RaceFigures) -> Evidence:
         raise ValueError("a race without a target is no evidence")
     ours = headline_arm(race.arms, race.rule)
     told = {(part.arm, part.versus) for part in RACE_RULES[race.rule].parts}
-    told |= {(arm, race.reference_arm) for arm in GROUPS.get(ours, ())}
+    told |= {(arm, plain) for arm in GROUPS.get(ours, ()) for plain in race.arms}
     return Evidence(
         task=race.task,
         rule=race.rule,

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer_node.race.arm_table import GROUPS
+from trainer_node.race.arm_table import ARMS, GROUPS
 from trainer_node.race.crossing import (
     READINGS,
     Crossing,
@@ -38,7 +38,7 @@ from trainer_node.race.statistics import (
     time_median,
 )
 
-PASSES_PER_STEP = 3  # forward-equivalents of one train step
+PASSES_PER_STEP = 3.0  # forward-equivalents of one train step of one micro-batch
 AT_THE_END = "end"  # beside READINGS: how an arm with decay is read
 
 
@@ -57,7 +57,7 @@ class ArmFigures:
     ratio_passes: Ratio
     final_quality_median: float  # held-out loss of what is handed out after T0 steps
     final_quality_equal_passes_median: (
-        float  # the same for 3 T0 forward-equivalents, checks and undone steps paid
+        float  # the same for what T0 plain steps cost in forward-equivalents, checks and undone steps paid
     )
     verdicts: Mapping[str, int]
     cosine_median: float  # delta against the displacement of the probation
@@ -116,8 +116,9 @@ def race_figures(
     read = {arm: _crossings(race, arm_runs, arm in read_mid_run) for arm, arm_runs in runs.items()}
     crossings = {arm: by_seed for arm, (_, by_seed) in read.items()}
     reference = crossings.get(race.reference_arm, {})
+    step_passes = _step_passes([run for arm in runs if not ARMS[arm].is_ours for run in runs[arm]])
     arms = tuple(
-        _arm_figures(race, arm, runs[arm], reading, by_seed, reference)
+        _arm_figures(race, arm, runs[arm], reading, by_seed, reference, step_passes)
         for arm, (reading, by_seed) in read.items()
     )
     pairs = tuple(
@@ -196,9 +197,10 @@ def _arm_figures(
     reading: str,
     crossings: dict[int, Crossing],
     reference: Mapping[int, Crossing],
+    step_passes: float,
 ) -> ArmFigures:
     lengths = tuple(sorted({run.key.planned_steps for run in runs}))
-    final, final_equal_passes = _final_quality(race, runs, reading)
+    final, final_equal_passes = _final_quality(race, runs, reading, step_passes)
     cosines = [cosine for run in runs for cosine in run.cosines if math.isfinite(cosine)]
     verdicts: Counter[str] = Counter()
     for run in runs:
@@ -223,17 +225,26 @@ def _arm_figures(
     )
 
 
-def _final_quality(race: RaceRecord, runs: Sequence[RunResult], reading: str) -> tuple[float, float]:
-    """Medians over seeds of the loss (after T0 steps, after 3 T0 passes); NaN where no seed was read."""
+def _step_passes(plain_runs: Sequence[RunResult]) -> float:
+    """Of a step of the task without prediction, whatever its micro-batches: 3 for each of them."""
+    ends = [run.final for run in plain_runs if run.final.steps and not run.diverged]
+    return ends[0].passes / ends[0].steps if ends else PASSES_PER_STEP
+
+
+def _final_quality(
+    race: RaceRecord, runs: Sequence[RunResult], reading: str, step_passes: float
+) -> tuple[float, float]:
+    """Medians over seeds of the loss (after T0 steps, after what they cost); NaN where no seed was read."""
     after_steps, after_passes = [], []
+    budget_passes = step_passes * race.base_steps
     for seed in sorted({run.key.seed for run in runs}):
         own = [run for run in runs if run.key.seed == seed]
         if reading == AT_THE_END:
             after_steps += [final_loss(run) for run in own if run.key.planned_steps == race.base_steps]
-            after_passes.append(final_loss_at_passes(own, float(PASSES_PER_STEP * race.base_steps)))
+            after_passes.append(final_loss_at_passes(own, budget_passes))
         else:
             after_steps.append(loss_at(own[0], race.base_steps, reading))
-            after_passes.append(loss_at(own[0], race.base_steps * PASSES_PER_STEP, reading, of="passes"))
+            after_passes.append(loss_at(own[0], budget_passes, reading, of="passes"))
     return (
         time_median([loss for loss in after_steps if not math.isnan(loss)]),
         time_median([loss for loss in after_passes if not math.isnan(loss)]),

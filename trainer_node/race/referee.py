@@ -1,7 +1,9 @@
 """The referee of a run: reads the held-out loss, stops the watch while it does, notes where time went.
 
 Its own time counts for nobody. Reads what an arm hands out through a context manager that lends those
-weights. Takes no steps and decides nothing, but for one thing: a loss that is not finite is infinite.
+weights; the time that the lending takes (a choice by guard batches) is the arm's, once: a run that ended
+here would pay it once. Takes no steps and decides nothing, but for one thing: a loss that is not finite is
+infinite.
 """
 
 from __future__ import annotations
@@ -83,15 +85,19 @@ class Referee:
         self._settle_device()
         began = self._clock.monotonic()
         loss = read_loss = self._held_out_loss()
+        lending_seconds = 0.0
         if read_out is not None:
+            asked = self._clock.monotonic()
             with read_out():
+                self._settle_device()
+                lending_seconds = self._clock.monotonic() - asked
                 read_loss = self._held_out_loss()
         running = began - self._started_seconds - self._reading_seconds
         point = CurvePoint(
             steps=round(step * self._scale.steps),
             passes=spent.passes * self._scale.passes,
             backward_passes=spent.backward_passes * self._scale.passes,
-            trainer_seconds=running - spent.predictor_seconds,
+            trainer_seconds=running - spent.predictor_seconds + lending_seconds,
             predictor_seconds=spent.predictor_seconds,
             loss=loss,
             read_loss=read_loss,

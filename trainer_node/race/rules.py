@@ -73,14 +73,19 @@ _TABLE = (
         name="whole-stack",
         meaning="schedule, Muon and prediction together, against tuned AdamW with a cosine",
         plain_arms=("adamw-cosine",),
-        arms=("adamw-decay", "muon-decay", "muon-decay-ema", "adamw-cosine", "ours-muon"),
+        arms=(
+            "adamw-decay", "muon-decay", "adamw-cosine", "adamw-cosine-ema", "muon-cosine", "ours-cosine",
+            "ours-muon",
+        ),
         quick_arms=("adamw-cosine", "muon-decay", "ours-muon"),
         headlines=("ours-muon",),
         parts=(
-            Part(word="schedule", arm="adamw-decay", versus="adamw-cosine"),
-            Part(word="Muon", arm="muon-decay", versus="adamw-decay"),
-            Part(word="read-out", arm="muon-decay-ema", versus="muon-decay"),
-            Part(word="prediction", arm="ours-muon", versus="muon-decay"),
+            Part(word="schedule alone", arm="adamw-decay", versus="adamw-cosine"),
+            Part(word="Muon alone", arm="muon-cosine", versus="adamw-cosine"),
+            Part(word="read-out alone", arm="adamw-cosine-ema", versus="adamw-cosine"),
+            Part(word="prediction alone", arm="ours-cosine", versus="adamw-cosine"),
+            Part(word="schedule and Muon", arm="muon-decay", versus="adamw-cosine"),
+            Part(word="prediction on top", arm="ours-muon", versus="muon-decay"),
         ),
     ),
     Rule(
@@ -88,37 +93,41 @@ _TABLE = (
         meaning="nobody tunes: against AdamW at the rates that people use, with a cosine",
         plain_arms=("adamw-3e-4-cosine", "adamw-1e-3-cosine"),
         arms=(
-            "muon-decay", "ours-muon", "adamw-3e-4-cosine", "adamw-1e-3-cosine", "ours-muon-defaults",
+            "adamw-3e-4-cosine", "adamw-1e-3-cosine", "muon-defaults", "ours-muon-defaults", "ours-muon",
         ),
-        quick_arms=("adamw-3e-4-cosine", "adamw-1e-3-cosine", "ours-muon"),
-        headlines=("ours-muon",),
+        quick_arms=("adamw-3e-4-cosine", "adamw-1e-3-cosine", "ours-muon-defaults"),
+        headlines=("ours-muon-defaults",),
         tunes=False,
         parts=(
-            Part(word="prediction", arm="ours-muon", versus="muon-decay"),
-            *(
-                Part(word=f"{text}, the product's own rates", arm="ours-muon-defaults", versus=versus)
-                for text, versus in (("3e-4", "adamw-3e-4-cosine"), ("1e-3", "adamw-1e-3-cosine"))
-            ),
+            Part(word="prediction", arm="ours-muon-defaults", versus="muon-defaults"),
+            Part(word="rates of the task's preset", arm="ours-muon", versus="ours-muon-defaults"),
         ),
     ),
     Rule(
         name="hands-free",
         meaning="no trials, wrong starts, against a sweep over rate and batch",
         plain_arms=("adamw-swept",),
-        arms=("adamw-swept", *GROUPS["ours-hands-free"], "ours-rescue"),
+        arms=("adamw-decay", "adamw-swept", *GROUPS["ours-hands-free"], "ours-rescue"),
         quick_arms=("adamw-swept", "ours-hands-free-rate-high", "ours-hands-free-batch-low"),
         headlines=("ours-hands-free",),
         trials=SWEEP_TRIALS,
-        parts=(Part(word="30 times the rate", arm="ours-rescue", versus="adamw-swept"),),
+        parts=(
+            Part(word="30 times the rate", arm="ours-rescue", versus="adamw-swept"),
+            Part(word="30 times the rate", arm="ours-rescue", versus="adamw-decay"),
+        ),
     ),
     Rule(
         name="ramp",
         meaning="rate and batch moved while it runs, against the best fixed ones of a sweep",
         plain_arms=("adamw-swept",),
-        arms=("adamw-decay", "adamw-swept", "ours-ramp"),
+        arms=("adamw-decay", "adamw-swept", "ours-ramp", "ours-ramp-rate", "ours-ramp-batch"),
         quick_arms=("adamw-swept", "ours-ramp"),
         headlines=("ours-ramp",),
         trials=SWEEP_TRIALS,
+        parts=(
+            Part(word="rate", arm="ours-ramp-rate", versus="adamw-swept"),
+            Part(word="batch", arm="ours-ramp-batch", versus="adamw-swept"),
+        ),
     ),
     Rule(
         name="controls",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from common.config import load_settings
-from trainer_node.race.arm_table import ARMS
+from trainer_node.race.arm_table import ARMS, GROUPS
 from trainer_node.race.rules import RULES
 from trainer_node.race.run_result import RunKey
 from trainer_node.race.tasks import NEEDS_DATA, TASKS
@@ -100,9 +100,16 @@ def list_lines() -> list[str]:
         lines.append(f"  {task:<16} {_MEANINGS[task]} ({trainer.steps} steps{needs})")
     lines += ["", "rules"]
     width = max(map(len, ARMS))
-    lines += [f"  {rule.name:<{width}} {rule.meaning}" for rule in RULES.values()]
+    for rule in RULES.values():
+        result = " or ".join(rule.headlines)
+        lines.append(f"  {rule.name:<{width}} {rule.meaning}")
+        lines.append(
+            f"  {'':<{width}} the result is that of {result}, against {' or '.join(rule.plain_arms)}"
+        )
     lines += ["", "arms"]
     for arm in ARMS.values():
         wraps = f" (around {arm.wraps})" if arm.wraps else ""
         lines.append(f"  {arm.name:<{width}} {arm.meaning}{wraps}")
+    lines += ["", "groups of arms"]
+    lines += [f"  {name:<{width}} {', '.join(members)}" for name, members in GROUPS.items()]
     return lines
