@@ -22,6 +22,14 @@ from common.schedule import decay_start_step
 from common.settings import ScheduleSettings, TrainerSettings
 
 NEUTRAL = Controls()
+SWITCH_OF = {
+    "rate_factor": "rate",
+    "batch_factor": "batch",
+    "context_tokens": "context",
+    "decay_start": "decay",
+    "decay_steps": "decay",
+    "read_out": "read_out",
+}
 _SLACK = 1.0 + 1e-9  # of a product of powers
 PROOF_SPREADS = 2.0  # by which another rate must beat the forecast of the run without it
 
@@ -33,19 +41,29 @@ def any_on(controls: ControlSettings) -> bool:
 def breach(wanted: Controls, *, now: Controls, settings: TrainerSettings, clock: float) -> str:
     """What is wrong with going from `now` to `wanted` at nominal step `clock`, in words; "" = nothing."""
     allowed = settings.controls
-    fields = ("rate_factor", "batch_factor", "context_tokens", "decay_start", "decay_steps", "read_out")
-    switches = ("rate", "batch", "context", "decay", "decay", "read_out")
-    for name, switch in zip(fields, switches, strict=True):
+    for name, switch in SWITCH_OF.items():
         if getattr(wanted, name) != getattr(NEUTRAL, name) and not getattr(allowed, switch):
-            return f"{name} = {getattr(wanted, name)}: trainer.controls.{switch} is off"
+            return f"{name} = {getattr(wanted, name)!r:.40}: trainer.controls.{switch} is off"
     return (
         _factor_breach("rate_factor", wanted.rate_factor, now.rate_factor, _rate_range(allowed))
         or _factor_breach("batch_factor", wanted.batch_factor, now.batch_factor, _batch_range(allowed))
         or _batch_breach(wanted.batch_factor, settings)
         or _context_breach(wanted.context_tokens, settings)
         or _decay_breach(wanted, now, settings, clock)
-        or ("" if wanted.read_out in ("", "weights", "average") else f"read_out = {wanted.read_out!r}")
+        or ("" if wanted.read_out in ("", "weights", "average") else f"read_out = {wanted.read_out!r:.40}")
     )
+
+
+def still_allowed(controls: Controls, settings: TrainerSettings) -> Controls:
+    """What stays of controls when a run goes on with other settings: a switch that is off means NEUTRAL, and
+    a tail that is none any more under this schedule and these steps is as configured."""
+    off = {
+        name: getattr(NEUTRAL, name)
+        for name, switch in SWITCH_OF.items()
+        if not getattr(settings.controls, switch)
+    }
+    kept = replace(controls, **off)
+    return replace(kept, decay_start=0, decay_steps=0) if tail_breach(kept, settings) else kept
 
 
 def rate_factor_of(controls: Controls, rule: str) -> float:
@@ -156,18 +174,29 @@ def _context_breach(context_tokens: int, settings: TrainerSettings) -> str:
     return ""
 
 
+def tail_breach(controls: Controls, settings: TrainerSettings) -> str:
+    """What is wrong with the tail itself, wherever the run stands; "" = nothing, or none is chosen."""
+    start, steps = controls.decay_start, controls.decay_steps
+    if (start, steps) == (0, 0):
+        return ""
+    if settings.schedule.name != "wsd":
+        return f"decay_start needs the wsd schedule, not {settings.schedule.name}"
+    if steps < 1 or start < settings.schedule.warmup_steps:
+        return f"decay from {start} over {steps} steps is no tail behind the warm-up"
+    if start + steps > settings.steps:
+        return f"a tail that ends after the {settings.steps} steps of the run"
+    return ""
+
+
 def _decay_breach(wanted: Controls, now: Controls, settings: TrainerSettings, clock: float) -> str:
     tail = (wanted.decay_start, wanted.decay_steps)
     if tail == (now.decay_start, now.decay_steps):
         return ""
-    if tail != (0, 0):
-        if settings.schedule.name != "wsd":
-            return f"decay_start needs the wsd schedule, not {settings.schedule.name}"
-        start, steps = tail
-        if not (steps >= 1 and start >= max(clock, settings.schedule.warmup_steps)):
-            return f"decay from {start} over {steps} steps does not lie ahead of {clock:g}"
-        if start + steps > settings.steps:
-            return f"a tail that ends after the {settings.steps} steps of the run"
+    wrong = tail_breach(wanted, settings)
+    if wrong:
+        return wrong
+    if tail != (0, 0) and wanted.decay_start < clock:
+        return f"decay from {wanted.decay_start} does not lie ahead of {clock:g}"
     # Of the tail that is chosen, or else of the settings': moved once it has begun, the rate would jump.
     # (decay_start_step is the last one at the full rate.)
     if clock > 1 + min(decay_start_step(*schedule_of(tails, settings)) for tails in (now, wanted)):

@@ -35,8 +35,9 @@ from monitor_node.control_trials import (
 )
 from monitor_node.series import Curve, append_bounded
 
-MAX_EVENTS = 400  # outcomes and restores; of older ones only what is in force stays
-MAX_CHANGES = 400
+MAX_EVENTS = 240  # outcomes and restores; of older ones only what is in force stays
+MAX_KEPT = 120  # trials of events that are gone; a restore behind all of them has the trainer's word
+MAX_CHANGES = 240
 MAX_ASKED = 4096  # decisions that ask for controls: few, and a monitor that starts late reads them far ahead
 MAX_OTHERS = STREAMS[DECISIONS].fuse_entries  # all that can be on the stream
 MAX_MISSED = 512
@@ -93,7 +94,8 @@ class ControlBook:
     def decided(self, decision: m.PhaseDecision) -> None:
         key, asked = (decision.base_generation, decision.decision_id), asked_by(decision)
         if asked is None:
-            _remember(self._others, key, None, MAX_OTHERS)
+            if self._missed.pop(key, None) is None and key not in self._settled_keys():
+                _remember(self._others, key, None, MAX_OTHERS)
             return
         self._was_asked |= asked.controls != NEUTRAL
         _remember(self._asked, key, asked, MAX_ASKED)
@@ -105,9 +107,12 @@ class ControlBook:
     def settled(self, outcome: m.Outcome) -> None:
         """An outcome that is told again changes nothing."""
         key = (self._generation, outcome.decision_id)
-        if outcome.verdict is m.Verdict.REST or key in self._others or key in self._settled_keys():
+        if key in self._others:
+            del self._others[key]
             return
-        if outcome.verdict is m.Verdict.MISSING and asked_under(key, self._asked) is None:
+        if key in self._settled_keys():
+            return
+        if outcome.verdict in (m.Verdict.REST, m.Verdict.MISSING) and asked_under(key, self._asked) is None:
             _remember(self._missed, key, outcome, MAX_MISSED)  # nobody may ever have answered
             return
         self._settle(key, outcome)
@@ -180,9 +185,12 @@ class ControlBook:
         self._events.append(event)
         self._folded = None
         if len(self._events) > MAX_EVENTS:
-            half = len(self._events) // 2
-            self._kept_before, _ = fold(self._kept_before, self._events[:half], self._asked)
-            del self._events[:half]
+            gone = self._events[: MAX_EVENTS // 2]
+            kept, _ = fold(self._kept_before, gone, self._asked)
+            self._kept_before = kept[-MAX_KEPT:]
+            del self._events[: len(gone)]
+            for key in (event.key for event in gone if isinstance(event, Settled)):
+                self._asked.pop(key, None)
 
     def _fold(self) -> tuple[list[Kept], list[Trial]]:
         if self._folded is None:

@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass, field
 
 from common import messages as m
-from monitor_node.series import append_bounded
 
 ProposalMark = tuple[int, int, str, float | None, float | None, str]
 Key = tuple[int, str]  # generation of the trainer (0 = not known), decision id
@@ -71,8 +70,13 @@ class ProposalBook:
         if outcome.horizon_steps <= 0:
             return
         key = (self._generation, outcome.decision_id)
-        append_bounded(self._outcomes, (key, outcome, at_unix_seconds), MAX_OUTCOMES)
+        self._outcomes.append((key, outcome, at_unix_seconds))
         self._marks = None
+        if len(self._outcomes) > MAX_OUTCOMES:
+            gone = {key for key, _, _ in self._outcomes[: MAX_OUTCOMES // 2]}
+            del self._outcomes[: MAX_OUTCOMES // 2]
+            for key in gone.difference(key for key, _, _ in self._outcomes):
+                self._said.pop(key, None)
 
     @property
     def rows(self) -> list[ProposalRow]:

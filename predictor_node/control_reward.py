@@ -12,6 +12,7 @@ reward   = tanh((gained - cost) / time)          accepted
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from common.messages import Outcome, Verdict
 from predictor_node.reward import TINY_SLOPE_SHARE, UNDONE, cost_steps
@@ -20,14 +21,23 @@ MOST_SEEN = 9.99
 
 
 def worth_of(
-    outcome: Outcome, *, slope_nats: float, step_seconds: float, batch_change: float = 1.0
+    outcome: Outcome,
+    *,
+    slope_nats: float,
+    step_seconds: float,
+    ordinary_seconds: float = math.nan,
+    batch_change: float = 1.0,
 ) -> tuple[float, float | None]:
     """(seen, reward); seen is NaN where nothing was measured.
 
     slope_nats    what an ordinary step without the change is expected to bring, positive = the loss falls
     step_seconds  of the trial's steps, in the unit of the outcome; NaN = as an ordinary one
+    ordinary_seconds  of an ordinary step; NaN = what the outcome says, which is a median over the last 64
+                  steps: for so long after a kept change of the batch it is of two kinds of steps
     batch_change  items of such a step over those of an ordinary one
     """
+    if ordinary_seconds > 0.0:
+        outcome = replace(outcome, full_step_seconds=ordinary_seconds)
     seen, cost_share = _seen(outcome, slope_nats, step_seconds, batch_change)
     if outcome.verdict in (Verdict.REFUSED, Verdict.RUINED):
         return seen, UNDONE

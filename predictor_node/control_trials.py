@@ -118,8 +118,11 @@ class ControlTrials:
         scores = self.bandit.score(context)
         return [(candidate, scores[candidate.arm]) for candidate in candidates]
 
-    def settle(self, outcome: Outcome) -> Trial | None:
-        """The trial that is over with this outcome, if it is one of ours."""
+    def settle(self, outcome: Outcome, *, ordinary_seconds: float = math.nan) -> Trial | None:
+        """The trial that is over with this outcome, if it is one of ours.
+
+        ordinary_seconds: of a step with the controls of before, in the unit of the outcome; NaN = as it says.
+        """
         trial = self.open
         if trial is None or trial.decision_id != outcome.decision_id:
             return None
@@ -128,6 +131,7 @@ class ControlTrials:
             outcome,
             slope_nats=trial.slope_nats,
             step_seconds=trial.step_seconds,
+            ordinary_seconds=ordinary_seconds,
             batch_change=trial.controls.batch_factor / trial.before.batch_factor,
         )
         if trial.is_exempt or kind_of(trial.arm) not in ("rate:up", "rate:down", *BATCH):
@@ -212,6 +216,12 @@ class ControlTrials:
             self._applied, self._undone = (int(count) for count in state["judged"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"damaged trials of controls: {error!r}") from None
+
+
+def is_kept(outcome: Outcome) -> bool:
+    """Without the guard a change that is refused stays: nothing is undone."""
+    is_undone = outcome.lost_steps > 0 or not outcome.probation_steps
+    return outcome.verdict is Verdict.ACCEPTED or (outcome.verdict is Verdict.REFUSED and not is_undone)
 
 
 def _told(trial: Trial, outcome: Outcome) -> str:

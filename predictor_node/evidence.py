@@ -7,8 +7,11 @@ A rate that is far too high shows in four ways, and only in the early steps in a
                  and by what noise makes of the best of many, and is not on its way back
     rising       a slope that is significantly positive, and a rise that matters; where every gradient is
                  clipped, less significance is enough
-    stuck        early, when a healthy run falls fast: no fall to be told from noise. A rate that is too low
-                 also falls slowly, but with little noise, so its slope is significant
+    stuck        early, when a healthy run falls fast: no fall to be told from noise, and the loss is still
+                 near its first one. A rate that is too low also falls slowly, but with little noise, so its
+                 slope is significant; a run that has gained its tenth falls unseen under the noise of its
+                 batches (512 tokens: 64 flat steps at 4.1 after 5.5). A rate that was lowered and still shows
+                 no progress is not cured by lowering it: then it is no sign (digits went down to rate_low)
 
 A clip share of 1 alone is no sign: many sound language-model runs clip every step for hundreds of steps.
 Thresholds are guesses that stand beside those of trainer_node/spikes.py. Proposes nothing.
@@ -32,6 +35,8 @@ SURE_RISE, SURE_RISE_CLIPPED = 4.0, 2.0  # slopes in deviations; losses in a row
 BEST_OF_MANY = 4.0  # deviations that the best single loss may lie below the level of its time
 RISE_SHARE = 0.1  # of what was gained so far: a rise below that is none to act on
 EARLY_SHARE, EARLY_STEPS = 0.2, 512.0  # of the run, and at most
+STUCK_GAIN = 0.1  # of the first loss: a run that gained as much is not stuck
+SURE_FALL = 2.0  # deviations that a fall may be faster than its fit
 MIN_NOISE_ROWS = 4
 
 _FIRST, _BEST = features.INDEX["loss_over_first"], features.INDEX["loss_over_best"]
@@ -77,8 +82,8 @@ def evidence_of(rows: Sequence[Row], *, since_step: int) -> Evidence:
     )
 
 
-def ruin_words(evidence: Evidence, *, is_early: bool) -> str:
-    """Why the run looks ruined, or ""."""
+def ruin_words(evidence: Evidence, *, is_early: bool, is_lowered: bool = False) -> str:
+    """Why the run looks ruined, or "". `is_lowered`: the rate, by the newest change or below its schedule."""
     if not evidence.is_finite:
         return "the loss is not finite"
     if evidence.num_steps < MIN_TREND_STEPS:
@@ -94,24 +99,46 @@ def ruin_words(evidence: Evidence, *, is_early: bool) -> str:
     if evidence.significance > sure and rise > RISE_SHARE * gained:
         clipped = ", every gradient is clipped" if evidence.clipped_share >= 1.0 else ""
         return f"the loss rises, {rise:.2g} in {evidence.num_steps} steps{clipped}"
-    if is_early and evidence.num_steps >= MIN_STUCK_STEPS and evidence.significance > -1.0:
+    if is_early and not is_lowered and _is_stuck(evidence):
         return f"no progress in {evidence.num_steps} early steps"
     return ""
 
 
+def _is_stuck(evidence: Evidence) -> bool:
+    is_near_first = evidence.first - evidence.level < STUCK_GAIN * abs(evidence.first)
+    return is_near_first and evidence.num_steps >= MIN_STUCK_STEPS and evidence.significance > -1.0
+
+
+def fastest_fall(rows: Sequence[Row], *, since_step: int) -> float:
+    """Nats per step that the loss may be falling by, SURE_FALL deviations included, >= 0; inf: not known.
+
+    Of all the rows behind `since_step`. Where the fall slows down, as it does, later steps bring less.
+    """
+    losses = [row.loss for row in rows if row.step > since_step]
+    if len(losses) < MIN_TREND_STEPS or not all(map(math.isfinite, losses)):
+        return math.inf
+    slope, deviation = _line(losses)
+    return SURE_FALL * deviation - min(0.0, slope)  # a rise promises nothing: it is noise, or worse
+
+
 def trend_of(losses: Sequence[float]) -> tuple[float, float]:
     """Least-squares slope per step, and the same in its own deviations; (0, 0) for too few losses."""
-    count = len(losses)
-    if count < MIN_TREND_STEPS:
+    if len(losses) < MIN_TREND_STEPS:
         return 0.0, 0.0
+    slope, deviation = _line(losses)
+    if deviation == 0.0:
+        return slope, math.copysign(math.inf, slope) if slope else 0.0
+    return slope, slope / deviation
+
+
+def _line(losses: Sequence[float]) -> tuple[float, float]:
+    """Least-squares slope per step and its standard error, for losses of three steps or more."""
+    count = len(losses)
     middle, mean = (count - 1) / 2, math.fsum(losses) / count
     squares = count * (count * count - 1) / 12
     slope = math.fsum((x - middle) * (loss - mean) for x, loss in enumerate(losses)) / squares
     residual = math.fsum((loss - mean - slope * (x - middle)) ** 2 for x, loss in enumerate(losses))
-    deviation = math.sqrt(residual / (count - 2) / squares)
-    if deviation == 0.0:
-        return slope, math.copysign(math.inf, slope) if slope else 0.0
-    return slope, slope / deviation
+    return slope, math.sqrt(residual / (count - 2) / squares)
 
 
 def is_early(clock: float, total_steps: int) -> bool:

@@ -43,7 +43,6 @@ from predictor_node.proposals import Imagined, Proposal, followed, proposals_for
 from predictor_node.state import RunFacts
 from predictor_node.tempers import TEMPERS
 from predictor_node.ticks import TickMaker
-from predictor_node.warm_start import read_warm_start
 
 TICKS_PER_WINDOW = 4
 MAX_WINDOW_FACTOR = 8  # while nothing is worth trying, windows grow: a decision point is not free
@@ -53,7 +52,6 @@ ON_PROBATION = {Verdict.ACCEPTED: False, Verdict.REFUSED: True}
 
 class LearnedPolicy:
     def __init__(self, settings: RunSettings, facts: RunFacts) -> None:
-        """Raises CheckpointError when `predictor.state` names a state that cannot be used."""
         trainer = settings.trainer
         self._settings, self._temper = settings, TEMPERS[settings.predictor.temper]
         self._arms = arms_of(settings)
@@ -63,8 +61,6 @@ class LearnedPolicy:
         self.models = Models(settings, facts)
         self.experience = Experience(settings, [arm.name for arm in self._arms])
         self._rests_in_a_row = self._proposals_in_a_row = 0
-        if settings.predictor.state:
-            self.start_warm(read_warm_start(settings.predictor.state))
 
     def observe(self, observation: Observation, history: History) -> None:
         gap = history.contiguous_steps == 1
@@ -295,6 +291,9 @@ class LearnedPolicy:
 
     def start_warm(self, state: PolicyState) -> None:
         """Take over what other runs have taught. Raises CheckpointError."""
-        self.experience.start_warm(state.values)
-        self.models.load(state.values["models"], state.tensors, same_run=False)  # type: ignore[arg-type]
+        try:
+            self.experience.start_warm(state.values)
+            self.models.load(state.values["models"], state.tensors, same_run=False)  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"not what a learned policy taught: {error!r:.80}") from None
         self.models.new_run(is_warm=True)

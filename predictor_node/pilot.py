@@ -23,11 +23,12 @@ from common.messages import Forecast, Observation, Outcome, Phase, PhaseDecision
 from common.settings import RunSettings
 from predictor_node.batch_law import StepTimes
 from predictor_node.control_arms import RATE_UP, TAKEN_BACK, Candidate, Situation, candidates, due, urgent
-from predictor_node.control_trials import ControlTrials, Trial
-from predictor_node.controls_in_force import InForce, in_force_from_json, told_by
-from predictor_node.evidence import LEVEL_STEPS, TREND_STEPS, Evidence, evidence_of
+from predictor_node.control_trials import ControlTrials, Trial, is_kept
+from predictor_node.controls_in_force import InForce, agree, in_force_from_json, told_by, told_controls
+from predictor_node.evidence import LEVEL_STEPS, TREND_STEPS, Evidence, evidence_of, fastest_fall
 from predictor_node.fixed_policy import FITTED_WINDOWS, MAX_FITTED_STEPS
 from predictor_node.forecast import LossCurve, fit_loss_curve
+from predictor_node.history import LIMIT_STEPS
 from predictor_node.policy import DecisionInput, make_decision
 
 MOST_RUIN_TRIALS = 6  # refused in a row; then the rate is not what is wrong
@@ -45,7 +46,6 @@ class Pilot:
         self.times = StepTimes(is_lockstep=settings.trainer.decision_mode == "lockstep")
         self._attempt = -1  # of the newest observation or outcome
         self._step = 0
-        self._is_told = False  # what is in force is known from decisions; else from features
         self._rolled_back = False
         self._climb: LossCurve | None = None  # of the lower rate, while a kept climb is to be looked at
 
@@ -53,15 +53,15 @@ class Pilot:
 
     def observe(self, observation: Observation) -> None:
         """One real step that was not known before."""
+        is_first = not self._step
         if self._attempt >= 0 and observation.attempt > self._attempt:
             self._rolled_back, self._climb = True, None
         if observation.step <= self._step:
             self.in_force = self.in_force.set_back(observation.step - 1)
         self._attempt, self._step = max(self._attempt, observation.attempt), observation.step
         on_trial = self.trials.open is not None and observation.phase is Phase.CORRECT
-        if not self._is_told and not on_trial:
-            self.in_force = told_by(observation, self._settings.trainer, self.in_force.controls)
-            self._is_told = True
+        if not on_trial:
+            self._believe(observation, is_first=is_first)
         controls = self.in_force.controls
         if on_trial and self.trials.open is not None:
             controls = self.trials.open.controls
@@ -69,15 +69,21 @@ class Pilot:
         self.times.observe(controls, observation.features[_SECONDS])
         self.trials.stepped(controls.batch_factor)
 
+    def _believe(self, observation: Observation, *, is_first: bool) -> None:
+        """What the step was taken with is in force, whoever asked for it and whatever was heard of it."""
+        trainer, believed = self._settings.trainer, self.in_force.controls
+        is_before = observation.step <= self.in_force.since_step  # the run went back behind what is known
+        if is_first or is_before or not agree(told_controls(observation, trainer, believed), believed):
+            self.in_force = told_by(observation, trainer, believed)
+
     def settle(self, outcome: Outcome) -> bool:
         """Whether it was the outcome of a trial of ours."""
         self._attempt = max(self._attempt, outcome.attempt)
-        trial = self.trials.settle(outcome)
+        before = self.trials.open.before if self.trials.open else self.in_force.controls
+        trial = self.trials.settle(outcome, ordinary_seconds=self.times.seconds(before))
         if trial is None:
             return False
-        if outcome.verdict is Verdict.MALFORMED:
-            self._is_told = False  # the trainer knows better what is in force: see the next step
-        if outcome.verdict is Verdict.ACCEPTED:
+        if is_kept(outcome):
             kept_step = max(self._step, trial.base_step + outcome.probation_steps)
             self.in_force = self.in_force.kept(trial.controls, base_step=trial.base_step, kept_step=kept_step)
         if outcome.verdict is not Verdict.ACCEPTED or trial.arm not in RATE_UP:
@@ -119,14 +125,15 @@ class Pilot:
             return
         if trial.decision_id != f"{observation.step}.{observation.attempt}":
             self.trials.lose()
-            self.in_force = told_by(observation, self._settings.trainer, self.in_force.controls)
+            self.in_force = self.in_force.with_tail_of(trial.controls, observation, self._settings.trainer)
         self.trials.open = None
 
     def _is_too_late(self, point: DecisionInput) -> bool:
         return not self.may_act_later(point.observation.step)
 
     def _situation(self, point: DecisionInput, evidence: Evidence, curve: LossCurve | None) -> Situation:
-        observation, now = point.observation, self.in_force.controls
+        observation, now, since_step = point.observation, self.in_force.controls, self.in_force.since_step
+        remembered = point.history.fitted_rows(LIMIT_STEPS) if self._settings.trainer.controls.decay else ()
         return Situation(
             settings=self._settings,
             now=now,
@@ -136,6 +143,9 @@ class Pilot:
             time=self.times.fit(now),
             step=observation.step,
             has_average=observation.features[_HAS_AVERAGE] > 0.0,
+            fastest_fall=fastest_fall(remembered, since_step=since_step),
+            seen_steps=min(observation.step - since_step, point.history.contiguous_steps),
+            is_lowered=self.in_force.is_lowered,
             rolled_back=self._rolled_back,
             worse_climb=self._worse_climb(observation.step, evidence),
             climb_gain=self.trials.climb_gain,
@@ -238,7 +248,6 @@ class Pilot:
             "trials": self.trials.state(),
             "times": self.times.state(),
             "position": [self._attempt, self._step],
-            "is_told": self._is_told,
             "rolled_back": self._rolled_back,
             "climb": asdict(self._climb) if self._climb else None,
         }
@@ -248,9 +257,10 @@ class Pilot:
         try:
             self.trials.load(state["trials"])
             self.times.load(state["times"])
-            self.in_force = in_force_from_json(state["in_force"])
             self._attempt, self._step = (int(value) for value in state["position"])
-            self._is_told, self._rolled_back = bool(state["is_told"]), bool(state["rolled_back"])
+            in_force = in_force_from_json(state["in_force"])
+            self.in_force = in_force.under(self._settings.trainer, step=self._step)
+            self._rolled_back = bool(state["rolled_back"])
             climb = state["climb"]
             self._climb = LossCurve(**{**climb, "other": tuple(climb["other"])}) if climb else None
         except (KeyError, TypeError, ValueError) as error:

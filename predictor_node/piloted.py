@@ -17,6 +17,13 @@ from predictor_node.pilot import Pilot
 from predictor_node.policy import DecisionInput, Policy, PolicyState
 
 LONGEST_WINDOW_FACTOR = 2
+_PILOT = "pilot"
+
+
+def without_pilot(state: PolicyState) -> PolicyState:
+    """For a run that goes on with all controls off."""
+    values = {name: value for name, value in state.values.items() if name != _PILOT}
+    return replace(state, values=values)
 
 
 class PilotedPolicy:
@@ -45,16 +52,15 @@ class PilotedPolicy:
 
     def state(self) -> PolicyState:
         inner = self.jumps.state()
-        return PolicyState(values={**inner.values, "pilot": self.pilot.state()}, tensors=inner.tensors)
+        return PolicyState(values={**inner.values, _PILOT: self.pilot.state()}, tensors=inner.tensors)
 
     def load(self, state: PolicyState) -> None:
         """A state of a run whose controls were all off has no pilot: it begins here.
 
         Raises CheckpointError.
         """
-        values = dict(state.values)
-        pilot = values.pop("pilot", None)
-        self.jumps.load(PolicyState(values=values, tensors=state.tensors))
+        pilot = state.values.get(_PILOT)
+        self.jumps.load(without_pilot(state))
         if pilot is None:
             return
         if not isinstance(pilot, dict):

@@ -95,7 +95,7 @@ def read(folder: Path, loop: Loop) -> Saved:
 
 
 def _progress(folder: Path, values: dict[str, Any], loop: Loop) -> Progress:
-    """With its controls under today's switches. Raises CheckpointError where they or the clock do not fit."""
+    """Its controls under today's switches. Raises CheckpointError where they or the clock do not fit."""
     progress = progress_from_json(values, loop.rules)
     try:
         progress.controls = as_allowed(progress.controls, loop.settings)
@@ -103,7 +103,8 @@ def _progress(folder: Path, values: dict[str, Any], loop: Loop) -> Progress:
             check_place(steps, loop.settings, loop.task.split.ranks.size)
     except ValueError as error:
         raise CheckpointError(
-            f"{folder}: {error}; resume with [trainer.controls] and the number of ranks of its run"
+            f"{folder}: {error}; resume with the [trainer.controls], the batch and the number of ranks"
+            " of its run"
         ) from None
     return progress
 

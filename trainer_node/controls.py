@@ -11,23 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 
-from common.control_rules import NEUTRAL, any_on, breach, rate_factor_of, schedule_of
+from common.control_rules import any_on, breach, rate_factor_of, schedule_of, still_allowed
 from common.errors import SettingsError
 from common.messages import Controls
 from common.schedule import rate_factor
 from common.settings import TrainerSettings
 from trainer_node.data import Batch, in_pieces
-
-_SWITCHES = {
-    "rate_factor": "rate",
-    "batch_factor": "batch",
-    "context_tokens": "context",
-    "read_out": "read_out",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,14 +163,10 @@ def objection_to(
 
 
 def as_allowed(saved: Controls, settings: TrainerSettings) -> Controls:
-    """Controls of a checkpoint, under the switches of today. Raises ValueError for senseless ones."""
-    allowed = settings.controls
-    off = {
-        field.name: getattr(NEUTRAL, field.name)
-        for field in fields(Controls)
-        if not getattr(allowed, _SWITCHES.get(field.name, "decay"))
-    }
-    controls = replace(saved, **off)
+    """Controls of a checkpoint, under the switches, schedule and steps of today. Raises ValueError for those
+    beyond today's bounds.
+    """
+    controls = still_allowed(saved, settings)
     wrong = breach(controls, now=controls, settings=settings, clock=0.0)
     if wrong:
         raise ValueError(wrong)

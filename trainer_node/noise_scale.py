@@ -8,7 +8,7 @@ both are averaged over steps first, then divided. Pure; holds four numbers, whic
 
 Batches are counted in configured batches: what was learned at one batch_factor holds at another. A step that
 would be a single forward pass shows one batch size only: now and then such a step is taken in two halves
-(`is_measured`), which is the same step up to rounding, where dropout draws no other masks.
+(`is_measured`): the same step up to rounding, but that dropout draws other masks.
 """
 
 from __future__ import annotations

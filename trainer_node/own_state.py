@@ -11,7 +11,6 @@ from typing import Any
 
 from common import sealed_folder
 from common.errors import CheckpointError
-from trainer_node.controls import as_allowed
 from trainer_node.cycle import Cycle
 from trainer_node.memory_orders import put_in_force
 from trainer_node.memory_state import memory_state_from_json
@@ -47,7 +46,6 @@ def read_state(loop: Cycle, state: Mapping[str, Any], weights: str) -> str:
         raise CheckpointError("the weights are not those of this state: load model and optimizers first")
     sealed_folder.age_key(state["name"])
     progress = progress_from_json(dict(state["progress"]), loop.rules)
-    progress.controls = as_allowed(progress.controls, loop.settings)
     memory = memory_state_from_json(state["memory"])
     basis, saved = loop.basis, state["basis"]
     if basis is not None and saved:

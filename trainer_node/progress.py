@@ -175,8 +175,7 @@ def _controls_from_json(values: dict) -> Controls:
 
 
 def _guard_from_json(values: dict) -> GuardRecord:
-    found = [(float(steps), float(change)) for steps, change in values.get("changes", [])]
-    changes = [(int(steps) if steps.is_integer() else steps, change) for steps, change in found]
+    changes = [(float(steps), float(change)) for steps, change in values.get("changes", [])]
     return GuardRecord(**{**values, "changes": changes})
 
 

@@ -88,11 +88,15 @@ CONTROLS = (
 
 
 def change_controls(observation: Observation) -> PhaseDecision | None:
-    """A larger batch, half of one micro-batch less, another rate: each by the step at which it is due."""
+    """A larger batch, back, a half of it, another rate: each by the step at which it is due.
+
+    The tolerance keeps batches; a rate has to prove itself (control_rules.tolerance_of).
+    """
     wanted = {
         24: Controls(batch_factor=2.0),
-        40: Controls(batch_factor=1.0, rate_factor=0.5),
-        56: Controls(batch_factor=0.5, rate_factor=0.5),
+        40: Controls(batch_factor=1.0),
+        56: Controls(batch_factor=0.5),
+        72: Controls(batch_factor=0.5, rate_factor=0.5),
     }.get(observation.step)
     if wanted is None or observation.attempt > 1:
         return None

@@ -261,6 +261,22 @@ def test_a_book_of_a_long_run_is_bounded_and_still_knows_what_is_in_force() -> N
         book.observed(step, fake.observation(step, rate=(1.0, 2.0)[number % 2]).features)
         book.decided(fake.decision(step, m.Controls(read_out="average", decay_steps=number)))
         book.settled(fake.outcome(step, V.REFUSED if number else V.ACCEPTED))
-    assert len(book.trials) <= MAX_EVENTS
+    assert len(book._asked) == len(book.trials) <= MAX_EVENTS
     assert len(book.changes) <= MAX_CHANGES
     assert book.in_force.read_out == "average"
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_nothing_is_kept_of_rests_and_plain_jumps_that_are_settled(is_late: bool) -> None:
+    """Nearly all points of a run are such: a stream of them would be megabytes."""
+    book = ControlBook()
+    book.started(1)
+    for number in range(99):
+        decision = fake.decision(16 * number, None)
+        outcome = fake.outcome(16 * number, (V.REST, V.ACCEPTED)[number % 2])
+        for message in (outcome, decision) if is_late else (decision, outcome):
+            book.settled(message) if isinstance(message, m.Outcome) else book.decided(message)
+    assert not book._others
+    assert not book._missed
+    assert not book.trials
+    assert not book.is_used

@@ -72,8 +72,9 @@ def test_a_long_run_stays_within_bounds_and_knows_the_newest() -> None:
     decisions, outcomes = run_of(MAX_DECISIONS + MAX_OUTCOMES)
     for decision in decisions:
         book.decided(decision)
+    assert len(book._said) == MAX_DECISIONS
     for outcome in outcomes:
         book.settled(outcome, 1.0)
     assert MAX_OUTCOMES // 2 <= len(book.marks) <= MAX_OUTCOMES
-    assert len(book._said) == MAX_DECISIONS
+    assert len(book._said) == len(book.marks), "what nobody will ask for again is not kept"
     assert all(reason == f"why {step}" for step, reason in told(book))

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from common import features
-from common.control_rules import NEUTRAL, breach, schedule_of, tolerance_of
+from common.control_rules import NEUTRAL, breach, schedule_of, still_allowed, tolerance_of
 from common.messages import Controls, Observation, Outcome, Phase, PhaseDecision, RunEnded, Verdict
 from common.settings import RunSettings
 from tests.predictor.scripted import NUM_GROUPS, Publish, outcome, point, small_settings, started
@@ -65,6 +65,7 @@ class ControlledTrainer:
     world: World = field(default_factory=World)
     verdict: Callable[[PhaseDecision], Verdict | None] = lambda decision: None  # None = judge
     seed: int = 0
+    median_steps: int = 64  # of the step time that outcomes tell (before_jump.full_step_seconds)
     generation: int = 1
     resumed_from: str = ""
     step: int = 0
@@ -108,10 +109,14 @@ class ControlledTrainer:
             setattr(self, name_, getattr(former, name_))
         self.losses, self.attempt = list(former.losses), kept + 1
 
-    def resumed(self, name: str, *, generation: int) -> ControlledTrainer:
-        former = self.checkpoints[name]
+    def resumed(
+        self, name: str, *, generation: int, settings: RunSettings | None = None
+    ) -> ControlledTrainer:
+        former, settings = self.checkpoints[name], settings or self.settings
         return dataclasses.replace(
             former,
+            settings=settings,
+            controls=still_allowed(former.controls, settings.trainer),
             generation=generation,
             resumed_from=name,
             losses=list(former.losses),
@@ -144,7 +149,7 @@ class ControlledTrainer:
             "loss_over_first": loss / FIRST,
             "loss_over_best": loss / self.best,
             "log10_step_seconds": math.log10(self.seconds[-1]),
-            "progress": self.clock / trainer.steps,
+            "progress": self.clock / schedule_of(self.controls, trainer)[0],
             "rate_over_peak": 1.0,
             "has_noise_scale": float(scale > 0.0),
             "log10_noise_scale_over_batch": math.log10(scale) if scale > 0.0 else 0.0,
@@ -204,7 +209,7 @@ class ControlledTrainer:
             guard=GuardRecord(),
             loss_noise=noise / math.sqrt(2),
         )
-        loss_before, full_seconds = FLOOR + self.excess, self.seconds[-1]
+        loss_before, full_seconds = FLOOR + self.excess, statistics.median(self.seconds[-self.median_steps :])
         losses = list(self.losses)
         self.controls = wanted
         for _ in range(trainer.probation_steps):
@@ -220,7 +225,7 @@ class ControlledTrainer:
         )
         lost_steps = 0
         lost_seconds = 0.0
-        if verdict is not Verdict.ACCEPTED:
+        if verdict is not Verdict.ACCEPTED and trainer.verify.enabled:
             lost_steps = trainer.probation_steps
             lost_seconds = math.fsum(self.seconds[-lost_steps:])
             for name in ("step", "clock", "excess", "best", "controls"):

@@ -287,18 +287,20 @@ def test_a_run_that_diverges_gets_a_quarter_of_the_rate_at_its_first_decision_po
 
 @dataclass(frozen=True, kw_only=True)
 class Turning(World):
-    """From a loss of 1.5 on the best rate is a sixteenth."""
+    """Below a loss of 1.5 the data turn: it leaps above its first one, where the best rate is a sixteenth."""
 
     def after(self, excess: float, controls: Controls) -> float:
+        if excess < 0.5:
+            return 4.5
         turned = dataclasses.replace(self, best_rate=1 / 16)
-        return World.after(turned if excess < 0.5 or excess > 4.0 else self, excess, controls)
+        return World.after(turned if excess > 4.0 else self, excess, controls)
 
 
 def test_a_rate_that_was_good_and_is_so_no_more_is_lowered() -> None:
     flight = fly(
         RATE, "trainer.controls.rate_high=1.0", world=dataclasses.replace(Turning(), loss_noise=0.05)
     )
-    assert "rate:/4" in flight.arms or flight.trainer.excess < 1.0
+    assert "rate:/4" in flight.arms
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -267,6 +267,28 @@ def test_a_control_whose_switch_is_off_is_where_the_settings_have_it():
             as_allowed(replace(saved, **senseless), trainer())
 
 
+@pytest.mark.parametrize(
+    ("tail", "today"),
+    [
+        ((40, 15), ("trainer.steps=50",)),  # it would end after the run
+        ((40, 15), ("trainer.schedule.name=cosine",)),
+        ((3, 15), ("trainer.schedule.warmup_steps=4",)),
+        ((-9, 1), ()),
+        ((40, 0), ()),
+        ((40, -3), ()),
+    ],
+)
+def test_a_tail_of_a_checkpoint_that_is_none_under_todays_settings_is_as_configured(tail, today):
+    """breach() lets a tail be that stays as it is: a resume is where it may have ceased to be one."""
+    start, steps = tail
+    saved = Controls(rate_factor=2.0, decay_start=start, decay_steps=steps)
+    given_settings = trainer(*today)
+    assert as_allowed(saved, given_settings) == Controls(rate_factor=2.0)
+    assert schedule_of(as_allowed(saved, given_settings), given_settings)[0] == given_settings.steps
+    fitting = replace(saved, decay_start=40, decay_steps=15)
+    assert as_allowed(fitting, trainer()) == fitting
+
+
 HOSTILE = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True), st.sampled_from([0.0, -1.0, 5e-324, 1e308, 3.0, 0.75])
 )

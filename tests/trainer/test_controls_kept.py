@@ -101,6 +101,9 @@ WINDOWS = {
 }
 
 
+WHOLE: dict[str, tuple[Loop, torch.Tensor]] = {}  # the same for every kill: taken once
+
+
 @pytest.mark.parametrize("when", KILLED_AT)
 @pytest.mark.parametrize("what", ["batches", "windows"])
 def test_a_run_that_is_killed_goes_on_from_its_checkpoint_as_if_it_had_not_been(
@@ -108,8 +111,9 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint_as_if_it_had_not_been(
 ) -> None:
     judged(Verdict.ACCEPTED)
     wanted, overrides = (WINDOWS, text_job) if what == "windows" else (BATCHES, ())
-    whole = kept(tmp_path / "whole", wanted, *overrides)
-    random_of_whole = torch.get_rng_state()
+    if what not in WHOLE:
+        WHOLE[what] = kept(tmp_path / "whole", wanted, *overrides), torch.get_rng_state()
+    whole, random_of_whole = WHOLE[what]
     assert verdicts(whole.links) == [Verdict.ACCEPTED] * 3
     root = tmp_path / "killed"
     killed = kept(root, wanted, *overrides, kill=KILLED_AT[when])
@@ -304,11 +308,11 @@ def as_main_wrote_it(loop: Loop) -> None:
     loop.progress.to_json = of_main
 
 
-def saved_at_22(root: Path, loop: Loop, *, of_main: bool) -> Path:
+def saved(root: Path, loop: Loop, *, of_main: bool = False, at_step: int = 22) -> Path:
     checkpoints = Checkpoints(root, keep=9, on_failure=pytest.fail)
 
     def between(loop: Loop) -> None:
-        if loop.progress.step == 22:
+        if loop.progress.step == at_step:
             if of_main:
                 as_main_wrote_it(loop)
             checkpoints.save(loop, Housekeeping(loop.emit, None).to_json(), emergency=False)
@@ -325,7 +329,7 @@ def test_a_checkpoint_from_before_there_were_controls_goes_on_as_configured(
     on: tuple[str, ...], tmp_path: Path
 ) -> None:
     loop, _ = looped(lambda _: None, DROPOUT, on=on)
-    folder = saved_at_22(tmp_path, loop, of_main=True)
+    folder = saved(tmp_path, loop, of_main=True)
     fresh, _ = looped(lambda _: None, DROPOUT, on=on)
     checkpoint.load(folder, fresh)
     assert (fresh.progress.controls, fresh.progress.clock) == (Controls(), 22)
@@ -340,7 +344,7 @@ def test_a_run_that_kept_no_directions_may_be_given_controls(judged, tmp_path: P
     learned = ("predictor.policy=learned", "trainer.steps=90")
     loop, _ = looped(lambda _: None, DROPOUT, *learned, on=())
     assert loop.basis is None
-    folder = saved_at_22(tmp_path, loop, of_main=True)
+    folder = saved(tmp_path, loop, of_main=True)
     asked: list[int] = []
 
     def answer(observation: Observation) -> PhaseDecision | None:
@@ -359,11 +363,13 @@ def test_a_run_that_kept_no_directions_may_be_given_controls(judged, tmp_path: P
 def test_controls_beyond_todays_bounds_are_refused_with_the_cure(judged, tmp_path: Path) -> None:
     judged(Verdict.ACCEPTED)
     loop, _ = looped(script({FIRST: Controls(rate_factor=4.0)}))
-    folder = saved_at_22(tmp_path, loop, of_main=False)
+    folder = saved(tmp_path, loop)
     assert loop.progress.controls.rate_factor == 4.0
     narrower, _ = looped(lambda _: None, "trainer.controls.rate_high=2.0")
     before = weights_of(narrower)
-    with pytest.raises(CheckpointError, match=r"rate_factor = 4 .*resume with \[trainer.controls\]") as error:
+    with pytest.raises(
+        CheckpointError, match=r"rate_factor = 4 .*resume with the \[trainer.controls\]"
+    ) as error:
         checkpoint.load(folder, narrower)
     assert "\n" not in str(error.value)
     assert same_bits(before, weights_of(narrower))
@@ -371,3 +377,49 @@ def test_controls_beyond_todays_bounds_are_refused_with_the_cure(judged, tmp_pat
     off, _ = looped(lambda _: None, on=())
     checkpoint.load(folder, off)
     assert off.progress.controls == Controls()
+
+
+QUARTER = "trainer.controls.batch_change=4"  # at once
+
+
+def test_a_checkpoint_within_a_micro_batch_of_todays_batch_is_refused_with_the_cure(
+    judged, tmp_path: Path
+) -> None:
+    judged(Verdict.ACCEPTED)
+    loop, _ = looped(script({FIRST: Controls(batch_factor=0.25)}), QUARTER)
+    folder = saved(tmp_path, loop, at_step=21)
+    assert loop.progress.clock == 15.75
+    fitting, _ = looped(lambda _: None, "trainer.batch.sequences=4", on=())
+    checkpoint.load(folder, fitting)
+    assert fitting.progress.clock == 15.75
+    other, _ = looped(lambda _: None, "trainer.batch.sequences=2", on=())
+    before = weights_of(other)
+    with pytest.raises(CheckpointError, match=r"15\.75 steps.*resume with .* the batch") as error:
+        checkpoint.load(folder, other)
+    assert "\n" not in str(error.value)
+    assert same_bits(before, weights_of(other))
+
+
+def test_without_checkpoints_on_the_way_none_is_written_however_many_steps_the_run_takes(
+    judged, tmp_path: Path
+) -> None:
+    """every_steps = 0: only the end writes one, and with a quarter of the batch it is at step 198, not 60."""
+    judged(Verdict.ACCEPTED)
+    wanted = {FIRST: Controls(batch_factor=0.25)}
+    loop = kept(tmp_path, wanted, "trainer.checkpoint.every_steps=0", QUARTER)
+    assert (loop.progress.step, loop.progress.clock) == (198, 60)
+    assert not sealed_folder.folders(tmp_path)
+
+
+def test_a_trial_of_controls_is_never_corrected(judged) -> None:
+    """There is no delta to correct, whatever share of one the decision asks for."""
+    judged(Verdict.ACCEPTED)
+    change = Controls(rate_factor=2.0)
+    plain, _ = run(script({FIRST: change}))
+    asked, links = run(
+        lambda o: replace(of_controls(o, change), correction_share=1.0) if o.step == FIRST else None
+    )
+    (outcome,) = [o for o in links.of(Outcome) if o.verdict is Verdict.ACCEPTED]
+    assert outcome.correction == 0.0
+    assert math.isnan(outcome.slope_after)
+    assert same_bits(all_bits(plain), all_bits(asked))

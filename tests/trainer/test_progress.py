@@ -51,7 +51,7 @@ def test_progress_survives_json():
     progress = progress_with([2.0, 1.5])
     progress.step, progress.attempt = 17, 2
     progress.phase = PhaseState(Phase.CORRECT, 3, windows=4, used_decision="9.0", window_steps=48)
-    progress.guard = GuardRecord(changes=[(6, -0.25), (11, 0.125)], step=9, loss=1.75)
+    progress.guard = GuardRecord(changes=[(6.0, -0.25), (5.5, 0.125)], step=9.5, loss=1.75)
     progress.skipped_steps, progress.rollbacks, progress.spike_step = 5, 2, 12
     again = progress_from_json(json.loads(json.dumps(progress.to_json())), RULES)
     assert repr(again) == repr(progress)  # by text, as NaN is not equal to itself

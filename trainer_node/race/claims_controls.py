@@ -65,7 +65,7 @@ def hands_free(files: Sequence[Evidence]) -> list[str]:
         rule,
         near == len(rows),
         f"{near} of {len(rows)} tasks with every start within {bar} of the faster fixed arm",
-        f"every task within {bar}, over four starts and all seeds",
+        f"every start within {bar} on every task",
     )
     if rows:
         said = f"{rescued} of {len(rows)} tasks within {percent(RESCUE_LOSS - 1)}"

@@ -90,7 +90,7 @@ _TABLE = (
     ),
     Rule(
         name="untuned",
-        meaning="nobody tunes: against AdamW at the rates that people use, with a cosine",
+        meaning="nobody tunes: the product's defaults against AdamW with a cosine at the rates people use",
         plain_arms=("adamw-3e-4-cosine", "adamw-1e-3-cosine"),
         arms=(
             "adamw-3e-4-cosine", "adamw-1e-3-cosine", "muon-defaults", "ours-muon-defaults", "ours-muon",

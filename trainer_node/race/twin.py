@@ -20,9 +20,12 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer_node.controls import MicroBatches, pieces_of, steps_left
+from common.control_rules import any_on
+from trainer_node.controls import MicroBatches, halved, pieces_of, steps_left
 from trainer_node.loop import Loop
+from trainer_node.noise_scale import is_measured
 from trainer_node.optim.build import set_rates
+from trainer_node.optim.moments import follow_batch
 from trainer_node.progress import Progress, plan_of
 from trainer_node.snapshot import MemoryStore, Snapshot
 from trainer_node.step import autocast, equally, make_gradients, mean_loss, update
@@ -89,11 +92,15 @@ class Crossroads:
         task, settings, optimizers = self._loop.task, self._loop.settings, self._loop.optimizers
         plan = plan_of(progress, settings)
         set_rates(optimizers, plan.rate_factor)
+        if settings.controls.batch_betas:
+            follow_batch(optimizers, plan.betas, steps=plan.moment_steps)
         batches = self._micro_batches.of(plan)
         if plan.is_as_configured:
             pieces = equally(batches)
         else:
             pieces = pieces_of(batches, size=plan.micro_batch_items, context_tokens=plan.context_tokens)
+        if any_on(settings.controls) and is_measured(plan.number):
+            pieces = halved(pieces)
         loss = make_gradients(task.model, task.loss, pieces, optimizers, context=self._context)
         tensors = update(loss, optimizers, self._loop.groups, clip_norm=settings.optimizer.clip_norm)
         progress.count(
