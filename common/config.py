@@ -158,7 +158,8 @@ def _build(cls: type[T], values: Mapping[str, Any], path: str) -> T:
     for key, value in values.items():
         name = _plain_line(f"{path}{key}")
         if key not in fields:
-            raise SettingsError(f"unknown key {name}{_nearest(key, fields, path)}")
+            cure = _nearest(key, fields, path) or "; `trainer-node settings` lists them"
+            raise SettingsError(f"unknown key {name}{cure}")
         metadata = fields[key].metadata
         if "table" in metadata:
             if not isinstance(value, Mapping):
@@ -178,7 +179,8 @@ def _check(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any
         with contextlib.suppress(OverflowError):  # then it is none
             value = float(value)
     if type(value) is not hint:
-        raise SettingsError(f"{name} = {_shown(value)}: must be of type {hint.__name__}")
+        kind = "true or false" if hint is bool else f"of type {hint.__name__}"
+        raise SettingsError(f"{name} = {_shown(value)}: must be {kind}")
     if isinstance(value, float) and not math.isfinite(value):
         raise SettingsError(f"{name} = {value}: must be finite")
     low, high, choices = metadata["low"], metadata["high"], metadata["choices"]

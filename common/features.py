@@ -1,12 +1,12 @@
 """The observation vector: names, order and units. A change of meaning raises VERSION.
 
-Computed by trainer_node/probe.py from what a step already knows. Units: losses in nats, rates as
+Computed by trainer_node/featurize.py from what a step already knows. Units: losses in nats, rates as
 configured, durations in log10 seconds (lockstep: log10 forward-equivalents), shares in [0, 1].
 `d_` is a difference, `z_` a z-score over the stated number of steps; before there are that many,
 what there is. A value that cannot be known yet is 0.0 and its `has_` feature is 0.0.
 """
 
-VERSION = 1
+VERSION = 2
 
 LOSS = (
     "loss", "loss_ema_4", "loss_ema_16", "loss_ema_64", "loss_mean_16", "loss_std_16", "loss_min_16",
@@ -38,6 +38,12 @@ JUMPS = (
     "last_gain_in_spreads", "last_delta_over_parameter_norm", "virtual_share_of_run", "last_delta_cosine",
     "loss_over_guard", "attempts_log10", "has_guard_loss", "guard_loss",
 )  # fmt: skip
+# Version 2. The noise scale (trainer_node/noise_scale.py) is in batches of the step; progress is the fall of
+# the loss over 64 steps in nats per second; factors and context are those in force (control_rules.py).
+CONTROLS = (
+    "has_noise_scale", "log10_noise_scale_over_batch", "progress_per_second", "has_average",
+    "distance_to_average_over_norm", "log2_rate_factor", "log2_batch_factor", "context_share",
+)  # fmt: skip
 
-NAMES: tuple[str, ...] = LOSS + GRADIENT + OPTIMIZER + SCHEDULE + DATA + COST + JUMPS
+NAMES: tuple[str, ...] = LOSS + GRADIENT + OPTIMIZER + SCHEDULE + DATA + COST + JUMPS + CONTROLS
 INDEX: dict[str, int] = {name: position for position, name in enumerate(NAMES)}

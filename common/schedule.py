@@ -1,6 +1,7 @@
 """The learning rate as a pure function of the step: a factor in [0, 1] of the peak rate.
 
-Step 0 is the first step. Warm-up is linear and its last step has the full rate: (step + 1) / warmup.
+Step 0 is the first step, and with smaller batches (controls) a step lies between two. Warm-up is linear and
+its last step has the full rate: (step + 1) / warmup.
 After it, by name, down to `final_share` at the last step:
 
     constant   1 (final_share is not used)
@@ -21,7 +22,7 @@ from common.settings import ScheduleSettings
 ONE_CYCLE_START = 1 / 25  # of the peak rate, at step 0: the default of torch, which follows fastai
 
 
-def rate_factor(step: int, total_steps: int, schedule: ScheduleSettings) -> float:
+def rate_factor(step: float, total_steps: int, schedule: ScheduleSettings) -> float:
     """Share of the peak rate at `step`, counted from 0."""
     if step < schedule.warmup_steps:
         return _rise(step, schedule)
@@ -47,11 +48,12 @@ def decay_start_step(total_steps: int, schedule: ScheduleSettings) -> int:
     return schedule.warmup_steps
 
 
-def _rise(step: int, schedule: ScheduleSettings) -> float:
+def _rise(step: float, schedule: ScheduleSettings) -> float:
     if schedule.name != "one-cycle":
-        return (step + 1) / schedule.warmup_steps
+        return min(1.0, (step + 1) / schedule.warmup_steps)
     last = schedule.warmup_steps - 1
-    return ONE_CYCLE_START + (1.0 - ONE_CYCLE_START) * _half_cosine(step / last if last else 1.0)
+    share = min(1.0, step / last) if last else 1.0
+    return ONE_CYCLE_START + (1.0 - ONE_CYCLE_START) * _half_cosine(share)
 
 
 def _half_cosine(progress: float) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.control_settings import ControlSettings
 from common.setting import setting, table
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -223,6 +224,7 @@ class TrainerSettings:
     checkpoint: CheckpointSettings = table(CheckpointSettings)
     spikes: SpikeSettings = table(SpikeSettings)
     parallel: ParallelSettings = table(ParallelSettings)
+    controls: ControlSettings = table(ControlSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +256,9 @@ class PredictorSettings:
     )
     correction_share: float = setting(
         0.0, "learned: share of the parabola's correction after the first CORRECT step", low=0.0, high=1.0
+    )
+    control_share: float = setting(
+        0.05, "of the run's work, what trying controls may cost at most", low=0.0, high=1.0
     )
     state: str = setting("", "learned: a state of an earlier run to start from (predictor-node fit)")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+from common.control_rules import any_on
 from common.message_bounds import CHECK_PASSES, STEP_PASSES
 from common.settings import RunSettings, TrainerSettings
 
@@ -43,9 +44,9 @@ def may_ever_jump(settings: RunSettings) -> bool:
 
 
 def keeps_directions(settings: RunSettings) -> bool:
-    """Whether the trainer holds a basis: for jumps, for an averaged read-out, or for weight histories."""
+    """Whether the trainer holds a basis: for jumps, controls, an averaged read-out, or weight histories."""
     trainer = settings.trainer
-    wanted = trainer.read_out == "average" or trainer.basis.history_snapshots > 0
+    wanted = trainer.read_out == "average" or trainer.basis.history_snapshots > 0 or any_on(trainer.controls)
     return settings.predictor.enabled and (wanted or may_ever_jump(settings))
 
 

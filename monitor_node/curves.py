@@ -1,6 +1,6 @@
 """All curves of one run, in bounded memory: what is drawn over steps and over time. Pure; decides nothing.
 
-Steps that a restore or a resume has undone are cut off; proposals stay, since people want every try.
+Steps that a restore or a resume has undone are cut off; jumps stay, since people want every try.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from common import messages as m
+from monitor_node.control_book import ControlBook
 from monitor_node.series import Curve, Strip, append_bounded
 
 STACKING = ("weights", "optimizer", "gradients", "averages", "history", "snapshot")  # from the bottom
@@ -17,9 +18,7 @@ REST = "rest"  # always on top
 MAX_HOLDERS = 16  # names; what comes on top of them is added to the rest
 MAX_HOLDER_ROWS = 240
 _NAME_CHARACTERS = 40
-_PROPOSALS = 400
-
-ProposalMark = tuple[int, int, str, float | None, float | None, str]
+_JUMPS = 400
 
 
 class HolderStack:
@@ -86,7 +85,7 @@ class RunCurves:
     phases: Strip = field(default_factory=Strip)
     holders: HolderStack = field(default_factory=HolderStack)
     jumps: list[tuple[int, str, int]] = field(default_factory=list)  # (base step, verdict, horizon)
-    proposals: list[ProposalMark] = field(default_factory=list)
+    controls: ControlBook = field(default_factory=ControlBook)
     _units_at: tuple[int, float] = (0, 0.0)  # (step, units) of the newest step that is kept
 
     def stepped(self, step: int, phase: m.Phase, sent_unix_seconds: float) -> None:
@@ -101,19 +100,20 @@ class RunCurves:
         self._units_at = (step, units + max(0, step - known_step) * units_per_step)
         self.units.add(*self._units_at)
 
-    def settled(self, outcome: m.Outcome, decision: m.PhaseDecision | None) -> None:
+    def settled(self, outcome: m.Outcome) -> None:
         if outcome.horizon_steps > 0:
             jump = (outcome.base_step, outcome.verdict.value, outcome.horizon_steps)
-            append_bounded(self.jumps, jump, _PROPOSALS)
-            append_bounded(self.proposals, proposal_mark(outcome, decision), _PROPOSALS)
+            append_bounded(self.jumps, jump, _JUMPS)
         if outcome.verdict in m.APPLIED_VERDICTS and outcome.probation_steps > 0:
             end_step = outcome.base_step + outcome.probation_steps
             self.forecast.add(end_step, outcome.loss_forecast, outcome.loss_spread)
+        self.controls.settled(outcome)
 
     def cut_above(self, step: int) -> None:
         for curve in (self.train, self.held_out, self.forecast, self.seconds, self.units):
             curve.cut_above(step)
         self.phases.cut_above(step)
+        self.controls.cut_above(step)
         if self._units_at[0] > step:
             self._units_at = _units_at(self._units_at, self.units.points(), step)
 
@@ -123,44 +123,3 @@ def _units_at(newest: tuple[int, float], kept: list[tuple[float, ...]], step: in
     first_step, first_units = (int(kept[-1][0]), kept[-1][1]) if kept else (0, 0.0)
     share = (step - first_step) / max(1, newest[0] - first_step)
     return max(step, 0), first_units + share * (newest[1] - first_units)
-
-
-def proposal_mark(outcome: m.Outcome, decision: m.PhaseDecision | None) -> ProposalMark:
-    """(base step, horizon, verdict, loss without the jump, loss with it, why).
-
-    Losses are on the guard batches at the end of probation, nats; the one without is the trainer's forecast.
-    """
-    return (
-        outcome.base_step,
-        outcome.horizon_steps,
-        outcome.verdict.value,
-        _known(outcome.loss_forecast),
-        _known(outcome.loss_end),
-        why(outcome, decision),
-    )
-
-
-_WHY = {
-    m.Verdict.ACCEPTED: "kept: no worse than without the jump",
-    m.Verdict.REFUSED: "undone: worse than without the jump",
-    m.Verdict.RUINED: "undone at once: the loss was beyond the ruin bound",
-    m.Verdict.ABORTED: "undone: the run was stopped on probation",
-    m.Verdict.STALE: "not taken: it came too late",
-    m.Verdict.USED: "not taken: it was applied before",
-    m.Verdict.VETOED: "not taken: the monitor vetoes",
-    m.Verdict.MALFORMED: "not taken: it cannot be applied",
-    m.Verdict.FAILED: "undone or not taken: no room for it",
-}
-
-
-def why(outcome: m.Outcome, decision: m.PhaseDecision | None) -> str:
-    """What became of it, with the losses that decided, and what the predictor said for it."""
-    text = _WHY.get(outcome.verdict, outcome.verdict.value)
-    if math.isfinite(outcome.loss_end) and math.isfinite(outcome.loss_forecast):
-        text += f" ({outcome.loss_end:.4g} with it, {outcome.loss_forecast:.4g} without)"
-    reason = decision.reason[:200] if decision else ""
-    return f"{text}; proposed as {reason}" if reason else text
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None

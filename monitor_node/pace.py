@@ -134,7 +134,10 @@ def pace_rows(book: TimeBook, worth: WorthBook) -> list[tuple[int, float, float]
     return rows
 
 
-def pace_section(pace: Pace | None) -> dict[str, Any]:
+def pace_section(pace: Pace | None, *, steps_are_alike: bool = True) -> dict[str, Any]:
+    """`steps_are_alike`: False where controls were changed: then steps of this run and of plain training are
+    not worth the same, and what was saved is not known.
+    """
     if pace is None:
         because = f"known after {MIN_STEPS} steps and two accounts of the trainer's time"
         return {
@@ -146,10 +149,11 @@ def pace_section(pace: Pace | None) -> dict[str, Any]:
     return {
         "progress_per_second": round(pace.progress_per_second, 6),
         "plain_progress_per_second": round(pace.plain_progress_per_second, 6),
-        "saved_share": round(pace.saved_share, 4),
+        "saved_share": round(pace.saved_share, 4) if steps_are_alike else None,
         "because": (
             f"of {pace.kept_steps + pace.lost_steps:,} steps taken {pace.lost_steps:,} were undone;"
             f" the {pace.virtual_steps:,} virtual steps were worth {pace.worth_steps:.0f} by their losses;"
             f" prediction took {pace.cost_share:.1%} of the time"
+            + ("" if steps_are_alike else "; steps with other controls are not worth the same")
         ),
     }

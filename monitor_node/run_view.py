@@ -26,6 +26,7 @@ from monitor_node.liveness import Watch
 from monitor_node.memory_facts import MemoryFacts
 from monitor_node.order_log import OrderLog
 from monitor_node.pace import WorthBook
+from monitor_node.proposal_book import ProposalBook
 from monitor_node.provenance import UNKNOWN, Provenance
 from monitor_node.series import Curve
 from monitor_node.stream_health import StreamBook
@@ -39,13 +40,6 @@ _UNITS_PER_STEP = features.INDEX["log10_units_per_step"]
 _LATEST_UNIX_SECONDS = 1e11  # the year 5138
 _MAX_METRICS = 128  # names of one node's health
 _RATE_STEPS = 24  # heartbeats with progress over which the speed is averaged
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProposalRow:
-    outcome: m.Outcome
-    decision: m.PhaseDecision | None  # None: not seen, e.g. trimmed away
-    at_unix_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +67,7 @@ class RunView:
     first_held_out_loss: float | None = None
     checkpoints: tuple[CheckpointRow, ...] = ()  # oldest first
     decision: m.PhaseDecision | None = None
-    proposals: int = 0  # decisions with a horizon above zero
+    proposals: int = 0  # of jumps and of controls
     verdicts: Counter[m.Verdict] = field(default_factory=Counter)
     lost_steps: int = 0
     sample: m.VramSample | None = None
@@ -87,7 +81,7 @@ class RunView:
     time: TimeBook = field(default_factory=TimeBook)
     worth: WorthBook = field(default_factory=WorthBook)
     curves: RunCurves = field(default_factory=RunCurves)
-    outcomes: deque[ProposalRow] = field(default_factory=lambda: deque(maxlen=12))
+    jumps: ProposalBook = field(default_factory=ProposalBook)
     alerts: deque[AlertRow] = field(default_factory=lambda: deque(maxlen=24))
     orders: OrderLog = field(default_factory=OrderLog)
     # What no message tells is set by the shell, which may ask the bus and the disk.
@@ -95,7 +89,6 @@ class RunView:
     streams: StreamBook = field(default_factory=StreamBook)
     checkpoint_checks: dict[str, Found] = field(default_factory=dict)
     provenance: Provenance = UNKNOWN
-    _decisions: dict[str, m.PhaseDecision] = field(default_factory=dict)
     _accepted: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=4096))  # step, horizon
     _progress: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RATE_STEPS))
     _counted_virtual_steps: int = 0
@@ -173,6 +166,8 @@ class RunView:
             text = f"features are version {message.feature_version}, this monitor reads {features.VERSION}"
             self._warn("feature_version", f"{text}: loss and speed stay unknown; install one version", 0.0)
         self._undo_above(message.first_step)
+        self.jumps.started(message.generation)
+        self.curves.controls.started(message.generation)
         self._told_virtual_steps = 0
         self.step = message.first_step
         self.guard.trainer_started()
@@ -197,6 +192,7 @@ class RunView:
             self.units_per_step = 10.0 ** min(message.features[_UNITS_PER_STEP], 18.0)
             self.curves.train.add(message.step, self.loss)
             self.curves.used(message.step, self.units_per_step)
+            self.curves.controls.observed(message.step, message.features)
 
     def _fold_heartbeat(self, message: m.Heartbeat, sent_unix_seconds: float, at_seconds: float) -> None:
         self.watch.heard(message, at_seconds=at_seconds)
@@ -211,11 +207,10 @@ class RunView:
     def _fold_decision(self, message: m.PhaseDecision) -> None:
         self.decision = message
         self.divergence = divergence.decided(self.divergence, message)
-        if message.horizon_steps > 0:
+        self.jumps.decided(message)
+        self.curves.controls.decided(message)
+        if message.horizon_steps > 0 or message.phase is m.Phase.PREDICT:
             self.proposals += 1
-            self._decisions[message.decision_id] = message
-            if len(self._decisions) > 64:
-                del self._decisions[next(iter(self._decisions))]
 
     def _fold_outcome(self, message: m.Outcome, sent_unix_seconds: float) -> None:
         self.verdicts[message.verdict] += 1
@@ -230,11 +225,8 @@ class RunView:
         if message.verdict is m.Verdict.ACCEPTED:
             self._accepted.append((message.base_step, message.horizon_steps))
             self._counted_virtual_steps += message.horizon_steps
-        decision = self._decisions.pop(message.decision_id, None)
-        if message.horizon_steps > 0:
-            row = ProposalRow(outcome=message, decision=decision, at_unix_seconds=sent_unix_seconds)
-            self.outcomes.append(row)
-        self.curves.settled(message, decision)
+        self.jumps.settled(message, sent_unix_seconds)
+        self.curves.settled(message)
         self.worth.add(message, self.fall_per_step)
 
     def _fold_sample(self, message: m.VramSample, sent_unix_seconds: float) -> None:

@@ -8,18 +8,20 @@ numbers and a reader must not take them for "unknown". Sizes are in bytes, `at` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.messages import Verdict
 from common.streams import NODES
 from monitor_node.checkpoint_checks import checkpoint_rows
+from monitor_node.control_section import control_series, controls_section, expected_steps, is_shown
 from monitor_node.divergence import Level
 from monitor_node.liveness import Liveness
 from monitor_node.memory_snapshot import memory_section, order_row
 from monitor_node.pace import pace_rows, pace_section, whole_pace
+from monitor_node.proposal_book import ProposalRow
 from monitor_node.provenance import provenance_section
-from monitor_node.run_view import AlertRow, ProposalRow, RunView
+from monitor_node.run_view import AlertRow, RunView
 from monitor_node.series import Curve, marker_of
 from monitor_node.stream_health import StreamFacts, stream_rows
 from monitor_node.timing import timing_section
@@ -31,13 +33,15 @@ def as_dict(view: RunView, *, now_seconds: float) -> dict[str, Any]:
     status = status_of(view, now_seconds)
     progress = _progress(view, status)
     settings_toml = view.started.settings_toml if view.started else None
-    sections = {
+    sections: dict[str, Any] = {
         "run": _run(view, status, words(view, status, now_seconds)),
         "progress": progress,
-        "pace": pace_section(whole_pace(view.time, view.worth)),
+        "pace": pace_section(
+            whole_pace(view.time, view.worth), steps_are_alike=not view.curves.controls.has_moved
+        ),
         "timing": timing_section(view.time),
         "counters": _counters(view),
-        "proposals": [_proposal(row) for row in reversed(view.outcomes)],
+        "proposals": [_proposal(row) for row in reversed(view.jumps.rows)],
         "nodes": [_node(view, node, now_seconds) for node in NODES],
         "memory": memory_section(view, now_seconds),
         "orders": [order_row(row) for row in reversed(view.orders.rows)],
@@ -56,7 +60,11 @@ def as_dict(view: RunView, *, now_seconds: float) -> dict[str, Any]:
         "holder_names": view.curves.holders.names,
         "marks": {"train": _marks(view.curves.train), "held_out": _marks(view.curves.held_out)},
     }
-    return {**{name: plain(section) for name, section in sections.items()}, "series": _series(view)}
+    series = _series(view)
+    if is_shown(view):
+        sections["controls"] = controls_section(view)
+        series |= _rows_of(control_series(view))
+    return {**{name: plain(section) for name, section in sections.items()}, "series": series}
 
 
 def plain(value: Any) -> Any:
@@ -89,10 +97,14 @@ def _series(view: RunView) -> dict[str, list[Any]]:
         "units": curves.units.points(),
         "holders": curves.holders.rows(),
         "order_marks": plain(view.orders.marks),
-        "proposals": curves.proposals,
+        "proposals": view.jumps.marks,
         "pace": pace_rows(view.time, view.worth),
     }
-    return {name: list(map(list, of_curve)) for name, of_curve in rows.items()}
+    return _rows_of(rows)
+
+
+def _rows_of(curves: Mapping[str, Sequence[Sequence[Any]]]) -> dict[str, list[Any]]:
+    return {name: list(map(list, rows)) for name, rows in curves.items()}
 
 
 def _run(view: RunView, status: RunStatus, line: str) -> dict[str, Any]:
@@ -113,7 +125,7 @@ def _run(view: RunView, status: RunStatus, line: str) -> dict[str, Any]:
 
 
 def _progress(view: RunView, status: RunStatus) -> dict[str, Any]:
-    total_steps = view.settings.trainer.steps if view.has_settings else None
+    total_steps = expected_steps(view)
     is_moving = status in (RunStatus.RUNNING, RunStatus.STOPPING)
     steps_per_second = view.steps_per_second
     units_per_second = None
@@ -151,15 +163,14 @@ def _counters(view: RunView) -> dict[str, int]:
 
 
 def _proposal(row: ProposalRow) -> dict[str, Any]:
-    outcome, decision = row.outcome, row.decision
-    forecast = decision.forecast if decision else None
+    outcome, said = row.outcome, row.said
     return {
         "decision_id": outcome.decision_id,
         "step": outcome.base_step,
         "horizon_steps": outcome.horizon_steps,
         "verdict": outcome.verdict.value,
-        "reason": decision.reason if decision else None,
-        "predicted_loss": forecast.loss if forecast else None,
+        "reason": said.reason if said else None,
+        "predicted_loss": said.predicted_loss if said else None,
         "loss_before": outcome.loss_before,
         "loss_after": outcome.loss_after,
         "loss_end": outcome.loss_end,

@@ -138,7 +138,13 @@ def _progress(snapshot: Mapping[str, Any], width: int) -> list[Text]:
         f"virtual {now['virtual_share']:.1%}",
         f"undone {_count(now['lost_steps'])}",
     ]
-    return [bar, Text("  ".join(facts))]
+    return [bar, Text("  ".join(facts)), *_controls(snapshot)]
+
+
+def _controls(snapshot: Mapping[str, Any]) -> list[Text]:
+    """One line on what the predictor may change besides weights; none of a run without it."""
+    controls = snapshot.get("controls")
+    return [_line(("Controls", "bold"), (f"  {clean(controls['words'])}", ""))] if controls else []
 
 
 def _curve(snapshot: Mapping[str, Any], width: int, height: int) -> list[Text]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import enum
 
+from common.control_rules import any_on
 from common.messages import APPLIED_VERDICTS, Verdict
 from common.streams import TRAINER
 from common.trying import may_ever_jump, why_never
+from monitor_node.control_section import expected_steps
 from monitor_node.liveness import Liveness
 from monitor_node.pace import Pace, whole_pace
 from monitor_node.peak_forecast import seconds_until
@@ -58,7 +60,7 @@ def words(view: RunView, status: RunStatus, now_seconds: float) -> str:
 
 
 def _doing(view: RunView, status: RunStatus) -> str:
-    total_steps = view.settings.trainer.steps if view.has_settings else None
+    total_steps = expected_steps(view)
     total = f" of {total_steps:,}" if total_steps is not None else ""
     at_step = f"step {view.step:,}{total}"
     return {
@@ -75,13 +77,18 @@ def _prediction(view: RunView) -> str:
     pace = whole_pace(view.time, view.worth)
     applied = sum(view.verdicts[verdict] for verdict in APPLIED_VERDICTS)
     if view.has_settings and view.settings.predictor.enabled and not may_ever_jump(view.settings):
-        return f"Plain training: {why_never(view.settings)}."
-    if pace is None or (view.has_settings and not view.settings.predictor.enabled):
+        head = "No jumps" if any_on(view.settings.trainer.controls) else "Plain training"
+        return f"{head}: {why_never(view.settings)}."
+    controls = view.curves.controls
+    is_off = view.has_settings and not view.settings.predictor.enabled
+    if pace is None or is_off or controls.has_moved:
         if not applied:
             return ""
         share = view.virtual_steps / max(1, view.step + view.virtual_steps)
-        kept = f"{view.verdicts[Verdict.ACCEPTED]} of {applied} applied jumps were kept"
-        return f"{kept}; {share:.0%} of the steps so far are virtual."
+        tried = "jumps and changes of controls" if controls.is_used else "jumps"
+        kept = f"{view.verdicts[Verdict.ACCEPTED]} of {applied} applied {tried} were kept"
+        beside = " Whether they pay shows beside a run without them." if controls.has_moved else ""
+        return f"{kept}; {share:.0%} of the steps so far are virtual.{beside}"
     return saving(pace)
 
 

@@ -18,6 +18,7 @@ from common.clock import SystemClock
 from common.command import redis_option, run_command
 from common.errors import CheckpointError, RecordingError, SettingsError
 from common.log import NodeLog
+from common.messages import Phase
 from common.open_bus import open_bus
 from common.parent import stop_on_signals, stop_when_parent_goes
 from common.recording import read_recording
@@ -199,7 +200,7 @@ def _policy_state(path: Path) -> dict[str, object]:
     policy = read_state(folders[0]).learned.policy
     if policy is not None and policy.values.get("policy") == "resting":
         raise CheckpointError(f"{path}: this run is too short to try a jump: its predictor learned nothing")
-    if policy is None or policy.values.get("policy") != "learned":
+    if policy is None or (policy.values.get("policy") != "learned" and "pilot" not in policy.values):
         raise CheckpointError(f"{path}: this run had a fixed policy: there is nothing it believes")
     return dict(policy.values)
 
@@ -207,7 +208,7 @@ def _policy_state(path: Path) -> dict[str, object]:
 def _show(replayed: Replayed) -> None:
     for decision in replayed.decisions:
         click.echo(line_of(decision))
-    proposals = [decision for decision in replayed.decisions if decision.horizon_steps]
+    proposals = [decision for decision in replayed.decisions if decision.phase is Phase.PREDICT]
     virtual_steps = sum(decision.horizon_steps for decision in proposals)
     rests = len(replayed.decisions) - len(proposals)
     click.echo(f"{len(proposals)} proposals over {virtual_steps} virtual steps, {rests} rests")

@@ -1,8 +1,9 @@
 """Learning from recorded runs: their histories through a learned policy that follows instead of leading.
 
 Each recording is read as the predictor read it live: every observation is learned from, every decision that
-was made is taken as if it had been ours, its outcome settles it. What was learned goes on to the next
-recording; at the end the networks are trained for as many updates as asked. Reads no clock.
+was made is taken as if it had been ours, its outcome settles it. Trials of controls are no jumps: the world
+model sees them in the features of their steps, and nothing else learns from them here. What was learned goes
+on to the next recording; at the end the networks are trained for as many updates as asked. Reads no clock.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def _live_through(
     path: str | Path,
 ) -> tuple[LearnedPolicy, int, int]:
     made = {(d.base_step, d.base_attempt): d for d in decisions if isinstance(d, PhaseDecision)}
+    of_controls = {d.decision_id for d in made.values() if d.controls is not None and not d.horizon_steps}
     policy, facts, seen = None, None, History()
     steps = jumps = 0
     for message in history:
@@ -82,7 +84,11 @@ def _live_through(
                 seen = seen.append(message)
                 policy.observe(message, seen)
                 decision = made.get((message.step, message.attempt))
-                if message.decision_point is not None and decision is not None:
+                if (
+                    message.decision_point is not None
+                    and decision
+                    and decision.decision_id not in of_controls
+                ):
                     policy.follow(
                         DecisionInput(
                             observation=message,
@@ -95,7 +101,7 @@ def _live_through(
                         decision,
                     )
                 steps += 1
-            case Outcome() if policy is not None:
+            case Outcome() if policy is not None and message.decision_id not in of_controls:
                 policy.settle(message)
                 jumps += message.probation_steps > 0
     if policy is None or not steps:

@@ -73,7 +73,7 @@ class FixedPolicy:
         values = state.values
         proposals = values.get("proposals")
         if type(proposals) is not int or proposals < 0 or len(values) != 1 or state.tensors:
-            raise CheckpointError(f"not a state of the fixed policy: {dict(values)!r}")
+            raise CheckpointError(f"not a state of the fixed policy: {dict(values)!r:.80}")
         self._proposals = proposals
 
     def _next_horizon_steps(self) -> int:

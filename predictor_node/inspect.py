@@ -5,7 +5,8 @@ Pure functions of one dict, whose parts may be missing or empty (a run that has 
     {"bandit": LinUCB.state(), "calibration": Calibration.state(), "budget": ExplorationBudget.state(),
      "residuals": Residuals.state(), "decisions": [the newest 50, oldest first, each
         {"step": int, "arm": str, "verdict": str, "reward": float | None,
-         "forecast": float | None, "happened": float | None}]}          losses in nats
+         "forecast": float | None, "happened": float | None}],          losses in nats
+     "pilot": Pilot.state(), where a control is on}
 
 Knows no folders. The same as a picture: inspect_picture.py.
 """
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from common.errors import CheckpointError
 from predictor_node.bandit import REST, LinUCB
 from predictor_node.calibration import LEVEL, Calibration
+from predictor_node.inspect_controls import control_words
 from predictor_node.residuals import CAPACITY
 
 SHOWN_DECISIONS = 10
@@ -47,6 +49,7 @@ def words(state: Mapping[str, Any]) -> str:
         _budget_words(state.get("budget")),
         f"Residuals: {residual_count(state)} of at most {CAPACITY} forecasts with what happened.",
         _decision_words(state.get("decisions", ())),
+        *([control_words(state["pilot"])] if state.get("pilot") else []),
     )
     return "\n\n".join(paragraphs)
 

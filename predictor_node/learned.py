@@ -33,6 +33,7 @@ from predictor_node.policy import (
     PolicyState,
     basis_reason,
     history_reason,
+    is_in_tail,
     make_decision,
     phase_of_run_reason,
     rest,
@@ -42,7 +43,6 @@ from predictor_node.proposals import Imagined, Proposal, followed, proposals_for
 from predictor_node.state import RunFacts
 from predictor_node.tempers import TEMPERS
 from predictor_node.ticks import TickMaker
-from predictor_node.warm_start import read_warm_start
 
 TICKS_PER_WINDOW = 4
 MAX_WINDOW_FACTOR = 8  # while nothing is worth trying, windows grow: a decision point is not free
@@ -52,7 +52,6 @@ ON_PROBATION = {Verdict.ACCEPTED: False, Verdict.REFUSED: True}
 
 class LearnedPolicy:
     def __init__(self, settings: RunSettings, facts: RunFacts) -> None:
-        """Raises CheckpointError when `predictor.state` names a state that cannot be used."""
         trainer = settings.trainer
         self._settings, self._temper = settings, TEMPERS[settings.predictor.temper]
         self._arms = arms_of(settings)
@@ -62,8 +61,6 @@ class LearnedPolicy:
         self.models = Models(settings, facts)
         self.experience = Experience(settings, [arm.name for arm in self._arms])
         self._rests_in_a_row = self._proposals_in_a_row = 0
-        if settings.predictor.state:
-            self.start_warm(read_warm_start(settings.predictor.state))
 
     def observe(self, observation: Observation, history: History) -> None:
         gap = history.contiguous_steps == 1
@@ -134,7 +131,7 @@ class LearnedPolicy:
         )
 
     def _rest_reason(self, point: DecisionInput, curve: LossCurve | None) -> str:
-        settings, step = self._settings, point.observation.step
+        settings, step = self._settings, point.schedule_step
         if not settings.predictor.enabled:
             return "prediction is off"
         if not self.experience.can_ever_afford():
@@ -145,8 +142,7 @@ class LearnedPolicy:
         return reason or basis_reason(point)
 
     def _rests_to_the_end(self, point: DecisionInput) -> bool:
-        tail_step = tail_start_step(self._settings.trainer.schedule, self._settings.trainer.steps)
-        return point.observation.step >= tail_step or not self.experience.can_ever_afford()
+        return is_in_tail(self._settings, point) or not self.experience.can_ever_afford()
 
     def _first_step(self) -> float:
         trainer = self._settings.trainer
@@ -295,6 +291,9 @@ class LearnedPolicy:
 
     def start_warm(self, state: PolicyState) -> None:
         """Take over what other runs have taught. Raises CheckpointError."""
-        self.experience.start_warm(state.values)
-        self.models.load(state.values["models"], state.tensors, same_run=False)  # type: ignore[arg-type]
+        try:
+            self.experience.start_warm(state.values)
+            self.models.load(state.values["models"], state.tensors, same_run=False)  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"not what a learned policy taught: {error!r:.80}") from None
         self.models.new_run(is_warm=True)

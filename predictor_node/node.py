@@ -36,6 +36,7 @@ from predictor_node.state import Learned, MemoryStore, RunFacts, SavedState, Sta
 
 STATE_LOST = "predictor_state_lost"  # kinds of alerts
 START_LOST = "run_start_lost"
+WARM_START_UNUSED = "warm_start_unused"
 NOTHING_LEARNED = Learned(history=History(), policy=None, counters={}, last_outcome_id="")
 
 
@@ -131,12 +132,25 @@ class Predictor:
         facts = facts_of(message)
         alerts = _version_alerts(message)
         try:
-            self._adopt(facts, self._resumed(message) if message.resumed_from else NOTHING_LEARNED)
+            learned = self._resumed(message) if message.resumed_from else None
+            if learned is not None:
+                self._adopt(facts, learned)
         except CheckpointError as error:
             alerts.append(_state_lost(message, error))
-            self._adopt(facts, NOTHING_LEARNED)
+            learned = None
+        if learned is None:
+            alerts += self._start_afresh(facts, message.first_step)
         self.ended = None
         return alerts
+
+    def _start_afresh(self, facts: RunFacts, first_step: int) -> list[Message]:
+        try:
+            self._adopt(facts, NOTHING_LEARNED)
+        except CheckpointError as error:
+            self._adopt(facts, NOTHING_LEARNED, is_warm=False)
+            text = f"predictor.state is not used, this run learns from nothing: {error}"
+            return [_alert("error", WARM_START_UNUSED, text, first_step)]
+        return []
 
     def on_observation(self, message: Observation, generation: int) -> list[Message]:
         history = self._history.append(message) if self._features_fit(message) else self._history
@@ -209,11 +223,11 @@ class Predictor:
         fits = self._facts is not None and self._facts.feature_version == features.VERSION
         return fits and len(message.features) == len(features.NAMES)
 
-    def _adopt(self, facts: RunFacts, learned: Learned) -> None:
+    def _adopt(self, facts: RunFacts, learned: Learned, *, is_warm: bool = True) -> None:
         settings = settings_from_toml(facts.settings_toml)
-        policy = policy_for(settings, facts)
-        if learned.policy:
-            policy.load(learned.policy)
+        if not is_warm:
+            settings = replace(settings, predictor=replace(settings.predictor, state=""))
+        policy = policy_for(settings, facts, learned.policy)
         self._facts, self._settings, self._policy = facts, settings, policy
         self._history, self._counters = learned.history, learned.counters
         self._last_outcome_id = learned.last_outcome_id

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from common.control_rules import NEUTRAL, schedule_of
 from common.messages import (
     Controls,
     DecisionPoint,
@@ -37,6 +38,13 @@ class DecisionInput:
     history: History  # the observation included
     num_groups: int
     directions: tuple[str, ...]
+    clock: float | None = None  # nominal step, where it is not the step: the batch was changed
+    controls: Controls = NEUTRAL  # in force
+
+    @property
+    def schedule_step(self) -> float:
+        """By which the schedule goes."""
+        return self.observation.step if self.clock is None else self.clock
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +105,7 @@ def make_decision(
     correction_share: float = 0.0,
     chunks: int = 1,
     next_window_steps: int = 0,
+    controls: Controls | None = None,
 ) -> PhaseDecision:
     step, attempt = point.observation.step, point.observation.attempt
     return PhaseDecision(
@@ -106,7 +115,7 @@ def make_decision(
         num_groups=point.num_groups,
         num_directions=len(point.directions),
         coefficients=coefficients,
-        controls=Controls(),
+        controls=controls,
         forecast=forecast,
         base_generation=point.generation,
         base_step=step,
@@ -123,18 +132,24 @@ def make_decision(
 
 
 def phase_of_run_reason(settings: RunSettings, point: DecisionInput) -> str:
-    trainer, step = settings.trainer, point.observation.step
+    trainer, step = settings.trainer, point.schedule_step
+    steps, schedule = schedule_of(point.controls, trainer)
     if point.observation.phase is Phase.WARMUP:
         return "warm-up"
     if point.point.window <= settings.predictor.rest_windows:
         return f"window {point.point.window} of {settings.predictor.rest_windows} rested after warm-up"
-    if step < trainer.schedule.warmup_steps:
+    if step < schedule.warmup_steps:
         return "the learning rate is warming up"
-    if step >= tail_start_step(trainer.schedule, trainer.steps):
+    if is_in_tail(settings, point):
         return "the learning rate is decaying"
-    if trainer.steps - step < trainer.probation_steps:
+    if steps - step < trainer.probation_steps * point.controls.batch_factor:
         return "too few steps left for probation"
     return ""
+
+
+def is_in_tail(settings: RunSettings, point: DecisionInput) -> bool:
+    steps, schedule = schedule_of(point.controls, settings.trainer)
+    return point.schedule_step >= tail_start_step(schedule, steps)
 
 
 def tail_start_step(schedule: ScheduleSettings, steps: int) -> float:

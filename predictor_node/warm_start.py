@@ -15,8 +15,9 @@ from common.errors import CheckpointError, EnvironmentFault
 from predictor_node.policy import PolicyState
 
 MAGIC = b"HPTSTATE"
-SCHEMA = 1
+SCHEMA = 2  # 2: networks over the features of version 2
 MAX_BYTES = 1 << 30
+FIT_AGAIN = "fit it again from recordings of this version (predictor-node fit)"
 _DIGEST_BYTES, _LENGTH_BYTES = 32, 8
 
 
@@ -48,13 +49,15 @@ def read_warm_start(path: str | Path) -> PolicyState:
         raise CheckpointError(f"{path}: not a predictor state; make one with predictor-node fit")
     digest, body = content[len(MAGIC) :][:_DIGEST_BYTES], content[len(MAGIC) + _DIGEST_BYTES :]
     if hashlib.sha256(body).digest() != digest:
-        raise CheckpointError(f"{path}: damaged (its digest does not match); fit it again")
+        raise CheckpointError(f"{path}: damaged (its digest does not match); {FIT_AGAIN}")
     length = int.from_bytes(body[:_LENGTH_BYTES], "little")
     text, tensors = body[_LENGTH_BYTES : _LENGTH_BYTES + length], body[_LENGTH_BYTES + length :]
     try:
         document = json.loads(text)
         if document["schema"] != SCHEMA:
-            raise CheckpointError(f"{path}: schema {document['schema']!r}, this version reads {SCHEMA}")
+            raise CheckpointError(
+                f"{path}: schema {document['schema']!r:.40}, this version reads {SCHEMA}; {FIT_AGAIN}"
+            )
         return PolicyState(values=dict(document["values"]), tensors=tensors)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged: {error!r}") from None
+        raise CheckpointError(f"{path}: damaged ({error!r:.80}); {FIT_AGAIN}") from None

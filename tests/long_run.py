@@ -137,7 +137,7 @@ class LongRun:
             num_groups=NUM_GROUPS,
             num_directions=K,
             coefficients=(0.1,) * (NUM_GROUPS * K) if jumps else (),
-            controls=m.Controls(),
+            controls=m.Controls() if self._window % 2 else None,  # a trial, though of a jump
             forecast=m.Forecast(loss=2.0, loss_without=2.0, spread=0.01, refusal=0.3),
             base_generation=1,
             base_step=self._step,

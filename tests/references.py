@@ -7,6 +7,7 @@ is imported by the product. The twins of optimizers and schedules are in trainer
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import statistics
 
@@ -109,10 +110,11 @@ OBJECTIONS_IN_ORDER = (
 def slow_features(history, *, jump):
     """The observation after the last step of `history` by definition: name -> value.
 
-    `history` is a list of (facts, loss, gradient norm, clip scale); `jump` holds what the features
-    know besides: parameter_norm, displacement_norm, the last judged jumps and pass counts.
+    `history` is a list of (facts, loss, gradient norm, clip scale, norm of a part of the batch, its share);
+    `jump` holds what the features know besides: parameter_norm, displacement_norm, average_distance, the last
+    judged jumps and pass counts.
     """
-    facts, loss, norm, clip = history[-1]
+    facts, loss, norm, clip = history[-1][:4]
     losses = [row[1] for row in history]
     norms = [row[2] for row in history][-64:]
     values = {}
@@ -157,7 +159,47 @@ def slow_features(history, *, jump):
             "guard_loss": jump["guard_loss"],
         }
     )
+    values.update(_slow_control_features(history, jump))
     return values
+
+
+def _slow_control_features(history, jump):
+    facts = history[-1][0]
+    last = history[-64:]
+    fall = -_slow_slope([row[1] for row in last])
+    noise = slow_noise_scale([(row[4], row[2], row[5], row[0].batch_factor) for row in history])
+    return {
+        "has_noise_scale": float(noise is not None),
+        "log10_noise_scale_over_batch": math.log10(noise / facts.batch_factor) if noise else 0.0,
+        "progress_per_second": fall / statistics.fmean(row[0].step_seconds for row in last),
+        "has_average": 1.0,
+        "distance_to_average_over_norm": jump["average_distance"] / jump["parameter_norm"],
+        "log2_rate_factor": math.log2(facts.rate_factor),
+        "log2_batch_factor": math.log2(facts.batch_factor),
+        "context_share": facts.context_share,
+    }
+
+
+def slow_noise_scale(rows):
+    """McCandlish et al. 2018, A.1, in configured batches; None if unknown: from fewer than 16 measured steps.
+
+    `rows` of (norm of a part, norm of the whole, share of the part or NaN, batch factor). The two batch sizes
+    stand as sizes here, and each average is a sum of weights times values. One stands for the steps since the
+    one before it, for four at most.
+    """
+    pairs, numbers = [], []
+    for number, (small, big, share, factor) in enumerate(rows):
+        if not math.isnan(share):
+            big_batch, small_batch = factor, factor * share
+            square = (big_batch * big**2 - small_batch * small**2) / (big_batch - small_batch)
+            pairs.append((square, (small**2 - big**2) / (1 / small_batch - 1 / big_batch)))
+            numbers.append(number)
+    if len(pairs) < 16:
+        return None
+    kept = [(63 / 65) ** min(4, gap) for gap in [1, *(b - a for a, b in itertools.pairwise(numbers))]]
+    weights = [(1 - keep) * math.prod(kept[i + 1 :]) for i, keep in enumerate(kept)]
+    square, noise = (math.fsum(w * pair[i] for w, pair in zip(weights, pairs, strict=True)) for i in (0, 1))
+    return noise / square if noise > 0 < square else None
 
 
 def _slow_loss_features(losses):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common import sealed_folder
+from common.control_rules import any_on
 from common.errors import SENSELESS, CheckpointError
 from common.messages import MemoryAction
 from trainer_node import sharded_checkpoint
@@ -31,6 +32,7 @@ from trainer_node.checkpoint_content import (
     table_of,
     unreadable,
 )
+from trainer_node.controls import as_allowed, check_place
 from trainer_node.loop import Loop
 from trainer_node.memory_orders import put_in_force
 from trainer_node.memory_state import MemoryState, memory_state_from_json
@@ -82,7 +84,7 @@ def read(folder: Path, loop: Loop) -> Saved:
         check_optimizer_state(tensors["optimizer"], loop.optimizers)
         return Saved(
             tensors=tensors,
-            progress=progress_from_json(state["progress"], loop.rules),
+            progress=_progress(folder, state["progress"], loop),
             optimizer_values=state["optimizer_values"],
             ledger=state["ledger"],
             housekeeping=dict(state["housekeeping"]),
@@ -90,6 +92,21 @@ def read(folder: Path, loop: Loop) -> Saved:
         )
     except (OSError, SafetensorError, *SENSELESS) as error:
         raise unreadable(folder, error) from None
+
+
+def _progress(folder: Path, values: dict[str, Any], loop: Loop) -> Progress:
+    """Its controls under today's switches. Raises CheckpointError where they or the clock do not fit."""
+    progress = progress_from_json(values, loop.rules)
+    try:
+        progress.controls = as_allowed(progress.controls, loop.settings)
+        for steps in (progress.clock, progress.data_step):
+            check_place(steps, loop.settings, loop.task.split.ranks.size)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder}: {error}; resume with the [trainer.controls], the batch and the number of ranks"
+            " of its run"
+        ) from None
+    return progress
 
 
 def _tensors(folder: Path, loop: Loop) -> dict[str, dict[str, Tensor]]:
@@ -131,8 +148,11 @@ def load_weights(folder: Path, model: nn.Module) -> int:
 def put_tensors(loop: Loop, saved: Saved, folder: Path) -> None:
     """Weights, optimizers, basis and random state. Raises CheckpointError for another basis, at once."""
     tensors = saved.tensors
-    # Directions that were given up when this was written, and are there now, begin anew.
-    is_basis_fresh = loop.basis is not None and MemoryAction.PREDICTION_OFF in saved.memory.in_force
+    # Directions that were given up when this was written, and are there now, begin anew. So do those of a run
+    # that kept none (too short for a jump) and was given controls since.
+    was_given_controls = any_on(loop.settings.controls) and not tensors.get("basis")
+    had_none = MemoryAction.PREDICTION_OFF in saved.memory.in_force or was_given_controls
+    is_basis_fresh = loop.basis is not None and had_none
     if loop.basis is not None and not is_basis_fresh:
         loop.prediction.form(saved.memory)
         if table_of(loop.basis.tensors()) != table_of(tensors.get("basis", {})):

@@ -14,9 +14,11 @@ import click
 
 from common.command import redis_option, run_command
 from common.config import dump_settings, load_settings, preset_names, setting_rows
+from common.control_checks import usable
 from common.errors import SettingsError
 from common.parent import stop_on_signals, stop_when_parent_goes
 from common.settings import RunSettings
+from trainer_node.race.rules import RULES as RACE_RULES
 
 RUNS_DIR = "runs"
 
@@ -82,7 +84,7 @@ def _resolve(
         extra.append(f"trainer.steps={steps}")
     if seed is not None:
         extra.append(f"trainer.seed={seed}")
-    return load_settings(preset=preset, file=config_file, overrides=extra)
+    return usable(load_settings(preset=preset, file=config_file, overrides=extra))
 
 
 def _toml_string(text: str) -> str:
@@ -257,8 +259,8 @@ def list_settings() -> None:
 @click.argument("task", required=False)
 @click.option("--arms", metavar="A,B", help="Default: all that belong to the rule; see --list.")
 @click.option("--seeds", type=int, metavar="N", help="Initial weights and batches; default: 10.")
-@click.option("--trials", type=int, metavar="N", help="Of tuning, the same for every arm; default: 8.")
-@click.option("--rule", type=click.Choice(["constant", "decayed", "fitted"]), help="Default: decayed.")
+@click.option("--trials", type=int, metavar="N", help="Of tuning, for every arm alike; default: 8 or 16.")
+@click.option("--rule", type=click.Choice(list(RACE_RULES)), help="Default: decayed; see --list.")
 @click.option("--budget", "budget_minutes", type=float, metavar="MIN", help="Start no run after that.")
 @click.option("--workers", type=int, metavar="N", help="Processes; default: physical cores.")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: races/<task>.<rule>.")
@@ -277,6 +279,7 @@ def race(task: str | None, show_list: bool, **options: Any) -> None:
       trainer-node race --list
       trainer-node race digits --quick
       trainer-node race text --data book.txt --arms adamw-decay,ours --seeds 5 --budget 60
+      trainer-node race python --rule whole-stack --arms adamw-cosine,muon-decay,ours-muon --coarse
     """
     if show_list:
         from trainer_node.race.show import list_lines

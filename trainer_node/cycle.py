@@ -11,9 +11,7 @@ Redis, no files: `links` answers, `emit` tells. Only here, in correct.py and in 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from common.messages import APPLIED_VERDICTS, MemoryAction, Message, Outcome, Ph
 from common.settings import TrainerSettings
 from trainer_node import phases
 from trainer_node.basis import Basis
+from trainer_node.before_jump import before_jump, outcome_without_jump
 from trainer_node.correct import correct_jump
 from trainer_node.decision import ask
 from trainer_node.delta import forecaster_of
@@ -38,37 +37,14 @@ from trainer_node.out_of_memory import OutOfMemory
 from trainer_node.prediction import Prediction, PredictionParts
 from trainer_node.progress import (
     Progress,
-    before_jump,
+    facts_later,
     first_progress,
-    outcome_without_jump,
+    is_over,
     phase_rules,
-    step_facts,
 )
-from trainer_node.step import StepTensors
+from trainer_node.step_taken import StepAccount, StepTaken
 from trainer_node.tasks import Task
 from trainer_node.trial import Jump, JumpTools, jump_tools
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepTaken:
-    tensors: StepTensors
-    rate_factor: float
-    passes: float
-    seconds: float  # for messages
-    wall_seconds: float
-    data_seconds: float  # for messages
-
-
-class StepAccount(Protocol):
-    """What the cycle asks of whoever takes the steps."""
-
-    @property
-    def passes(self) -> float:
-        """Forward-equivalents of a step."""
-
-    @property
-    def typical_wall_seconds(self) -> float:
-        """Of the last steps; 0 before there is one."""
 
 
 class Cycle:
@@ -144,18 +120,8 @@ class Cycle:
         if self._jump is not None:
             self._jump.step_seconds.append(taken.seconds)
             self._jump.step_passes += taken.passes
-        facts = partial(
-            step_facts,
-            progress.phase,
-            self.task,
-            self.settings,
-            step=progress.step + 1,
-            rate_factor=taken.rate_factor,
-            step_seconds=taken.seconds,
-            data_seconds=taken.data_seconds,
-            skipped_steps=progress.skipped_steps,
-        )
-        progress.step += 1
+        facts = facts_later(progress, taken, self.task, self.settings)
+        progress.count(taken)
         before = progress.phase
         progress.phase = phases.after_step(before, self.rules)
         if before.phase is Phase.WARMUP and progress.phase.phase is Phase.FULL:
@@ -220,12 +186,14 @@ class Cycle:
             self._go_on(malformed, decision.next_window_steps)
             return
         self._undo = progress.copy()
-        jump = start_jump(self.tools, decision, before_jump(progress, waiting_seconds), forecaster)
+        before = before_jump(progress, waiting_seconds, decision.controls)
+        jump = start_jump(self.tools, decision, before, forecaster)
         if isinstance(jump, Outcome):
             self._undo = None
             self._go_on(jump, decision.next_window_steps)
         else:
             self._jump = jump
+            progress.controls = decision.controls or progress.controls
             self.report(self, "predict")  # now that there is a snapshot
             progress.phase = phases.after_decision(
                 progress.phase,
@@ -251,18 +219,19 @@ class Cycle:
             self._observer.probe.forget()
             self.progress = self.progress.after_restore(undo, outcome.attempt)
         self.progress.phase = phases.after_judgement(judged_phase, self.rules)
-        self._after_outcome(outcome)
+        self._after_outcome(outcome, step_passes=jump.step_passes / max(1, len(jump.step_seconds)))
         self._begin_window()
         self.report(self, "full")
 
-    def _after_outcome(self, outcome: Outcome) -> None:
+    def _after_outcome(self, outcome: Outcome, *, step_passes: float = 0.0) -> None:
+        """`step_passes`: forward-equivalents of a step on probation, if there was one."""
         self.ledger.note(outcome)
         if outcome.verdict in APPLIED_VERDICTS:
             note_outcome(
                 self.progress.features,
                 outcome,
                 window_steps=self.settings.window_steps,
-                step_passes=self._steps.passes,
+                step_passes=step_passes,
             )
         self.emit(outcome)
 
@@ -281,6 +250,11 @@ class Cycle:
             self._tell(shortage, "the directions were given up, prediction is off")
 
     # ---- small answers -----------------------------------------------------------------------
+
+    @property
+    def is_over(self) -> bool:
+        """All real steps of the run are taken; a jump may yet be on probation."""
+        return is_over(self.progress, self.settings)
 
     @property
     def tools(self) -> JumpTools:

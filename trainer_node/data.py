@@ -37,13 +37,12 @@ class Batch:
 def in_pieces(batches: Sequence[Batch], size: int) -> list[tuple[Batch, float]]:
     """Each batch cut along B, in order, into pieces of at most `size` items, without a copy.
 
-    With each piece the divisor of its mean loss: sum of loss / divisor is the mean of all batches.
+    With each piece the divisor of its mean loss: sum of loss / divisor is the mean of all items.
     """
-    pieces = []
+    pieces, items = [], sum(len(batch.inputs) for batch in batches)
     for batch in batches:
-        share = len(batch.inputs) * len(batches)
         for inputs, targets in zip(batch.inputs.split(size), batch.targets.split(size), strict=True):
-            pieces.append((Batch(inputs, targets), share / len(inputs)))
+            pieces.append((Batch(inputs, targets), items / len(inputs)))
     return pieces
 
 

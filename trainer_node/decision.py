@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from common.messages import PhaseDecision, Verdict
+from common.messages import Alert, PhaseDecision, Verdict
+from common.streams import TRAINER
 from trainer_node import ledger as purposes
 from trainer_node import phases
+from trainer_node.controls import objection_to, steps_left
 from trainer_node.progress import position_of
 
 if TYPE_CHECKING:
@@ -30,11 +32,31 @@ def ask(
             attempt=progress.attempt,
             seconds=None if is_lockstep else settings.decision_wait_share * step_seconds,
         )
+    breach, left_steps = _controls_wanted(loop, decision)
     verdict = phases.objection(
         decision,
-        position=position_of(progress, loop.generation, fingerprint, loop.basis.num_groups),
+        position=position_of(progress, loop.generation, fingerprint, loop.basis.num_groups, left_steps),
         state=progress.phase,
         rules=loop.rules,
         veto=loop.links.veto(),
+        breach=breach,
     )
+    if breach and verdict is Verdict.MALFORMED:
+        text = f"controls were not changed: {breach}"
+        loop.emit(
+            Alert(node=TRAINER, severity="warning", kind="controls_refused", text=text, step=progress.step)
+        )
     return decision, verdict, waiting.seconds
+
+
+def _controls_wanted(loop: Cycle, decision: PhaseDecision | None) -> tuple[str, int]:
+    """What is wrong with those of the decision, and the real steps that are left with them."""
+    progress, settings = loop.progress, loop.settings
+    wanted, breach = progress.controls, ""
+    if decision is not None and decision.controls is not None:
+        ranks = loop.task.split.ranks
+        breach = objection_to(
+            decision.controls, progress.controls, settings, clock=progress.clock, num_ranks=ranks.size
+        )
+        wanted = progress.controls if breach else decision.controls
+    return breach, steps_left(wanted, settings, progress.clock)

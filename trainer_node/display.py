@@ -6,6 +6,7 @@ beyond storing a few numbers. Without a terminal it prints a line every few seco
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -17,7 +18,7 @@ from common.messages import Alert, Evaluation, Message, Observation, Outcome, Ve
 
 _LINE_SECONDS = 10.0
 _RATE_WINDOW_STEPS = 50
-_LOSS = INDEX["loss_ema_16"]
+_LOSS, _PROGRESS, _UNITS = INDEX["loss_ema_16"], INDEX["progress"], INDEX["log10_units_per_step"]
 
 
 class Display:
@@ -36,6 +37,7 @@ class Display:
         self._accepted = self._refused = self._virtual_steps = 0
         self._times: list[tuple[float, int]] = [(time.monotonic(), 0)]
         self._real_steps = 0
+        self._newest: tuple[int, float, float] | None = None  # step, progress, share of the run in this step
         self._last_line_seconds = time.monotonic()
         self._is_narrow = self._console.width < 112
         bar = () if self._is_narrow else (BarColumn(bar_width=20),)
@@ -63,6 +65,7 @@ class Display:
             case Observation():
                 self._step, self._phase = message.step, message.phase.value
                 self._loss = message.features[_LOSS]
+                self._note_batch(message.features[_PROGRESS], message.features[_UNITS])
                 self._real_steps += 1
                 self._times = [*self._times[-_RATE_WINDOW_STEPS:], (time.monotonic(), self._real_steps)]
                 self._draw()
@@ -77,6 +80,23 @@ class Display:
                 self._held_out = message.loss
             case Alert():
                 self._console.print(f"{message.severity}: {message.text}", markup=False, soft_wrap=True)
+
+    def _note_batch(self, progress: float, log10_units: float) -> None:
+        """A batch that was changed changes the number of steps, and what is in one.
+
+        The rest of the run is counted in steps as the newest two were: the average since the start would
+        include steps of other batches. A tail that is chosen moves `progress` once: two steps differ.
+        """
+        if not (0.0 < progress < math.inf and math.isfinite(log10_units)):
+            return
+        self._units_per_step = round(10**log10_units)
+        former_step, former_progress, former_share = self._newest or (self._step, progress, math.nan)
+        step_share = progress - former_progress if self._step == former_step + 1 else math.nan
+        if self._newest is None:
+            self._total_steps = round(self._step / progress)
+        elif step_share > 0.0 and math.isclose(step_share, former_share, rel_tol=1e-6):
+            self._total_steps = round(self._step + (1.0 - progress) / step_share)
+        self._newest = self._step, progress, step_share
 
     def numbers(self) -> str:
         """The part of the line that changes, e.g. for tests."""
@@ -97,6 +117,7 @@ class Display:
             self._bar.update(
                 self._task,
                 completed=self._step,
+                total=self._total_steps,
                 description=f"{self._phase:<7}",
                 numbers=self.numbers(),
             )

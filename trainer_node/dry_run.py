@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from common.control_checks import plan_words, switched_on
 from common.memory_plan import BASIS, MemoryPlan, Site, plan_memory
 from common.message_bounds import (
     DecisionCost,
@@ -144,6 +145,8 @@ def _words(plan: RunPlan, settings: RunSettings) -> Iterator[str]:
             f"prediction   in forward passes: a step {cost.step:g}, a decision to rest {cost.rest:g}, a jump"
             f" that is kept {cost.kept:g}, refused {cost.refused:g}, taken back at once {cost.ruined:g}"
         )
+    if switched_on(settings.trainer.controls):
+        yield f"controls     {plan_words(settings)}"
     yield "not planned  activations, workspaces, the interpreter; no data were read, nothing was written"
 
 

@@ -9,17 +9,27 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import itemgetter, mul
+from operator import itemgetter
 
 from common.features import NAMES
-from common.messages import Outcome, Phase, Verdict
+from common.messages import DIRECTIONS, DecisionPoint, Outcome, Phase, Verdict
+from trainer_node.control_features import control_features
 from trainer_node.ledger import TRAIN_PASSES
+from trainer_node.noise_scale import NoiseScale, with_step
+from trainer_node.window_statistics import (
+    SHORT,
+    TINY,
+    Rolling,
+    exponential_averages,
+    extreme,
+    log10,
+    mean_and_deviation,
+    per_second,
+    ratio,
+    slope,
+)
 
-LONG, SHORT = 64, 16
-_TINY = 1e-12
-_OFFSETS: dict[int, tuple[float, ...]] = {}  # by count: positions about their middle
 _in_order = itemgetter(*NAMES)
 
 
@@ -45,21 +55,9 @@ class StepFacts:
     context: int
     step_seconds: float  # wall, or counted in lockstep
     data_seconds: float
-
-
-@dataclass(slots=True)
-class Rolling:
-    """The last LONG values, oldest first once unrolled."""
-
-    values: list[float] = field(default_factory=list)
-
-    def push(self, value: float) -> None:
-        self.values.append(value)
-        if len(self.values) > LONG:
-            del self.values[0]
-
-    def newest(self, count: int) -> list[float]:
-        return self.values[-count:]
+    rate_factor: float = 1.0  # the control's own, in force in this step
+    batch_factor: float = 1.0  # the same: its batch is so many configured ones
+    context_share: float = 1.0  # context in force / configured
 
 
 @dataclass(slots=True)
@@ -86,6 +84,8 @@ class FeatureState:
     lost_passes: float = 0.0
     all_passes: float = 0.0
     virtual_steps: int = 0
+    noise: NoiseScale = field(default_factory=NoiseScale)
+    average_distance: float | None = None  # L2, weights to averages, at the newest window end; None: unknown
 
     def copy(self) -> FeatureState:
         return copy.deepcopy(self)
@@ -95,8 +95,23 @@ class FeatureState:
 
     @classmethod
     def from_json(cls, values: dict[str, object]) -> FeatureState:
-        rolling = {"losses", "norms", "clips", "seconds"}
-        return cls(**{k: Rolling(**v) if k in rolling else v for k, v in values.items()})  # type: ignore[arg-type]
+        """Of a checkpoint from before a field was there: as at the start of a run."""
+        kinds = {**dict.fromkeys(("losses", "norms", "clips", "seconds"), Rolling), "noise": NoiseScale}
+        return cls(**{k: kinds[k](**v) if k in kinds else v for k, v in values.items()})  # type: ignore[arg-type]
+
+
+def note_window(state: FeatureState, point: DecisionPoint) -> None:
+    """Remember what the end of a window says of the weights, for the features of the steps from there on."""
+    num_directions, pull_back = len(DIRECTIONS), DIRECTIONS.index("pull_back")
+    squares_G = point.gram[pull_back * (num_directions + 1) :: num_directions * num_directions]
+    square = sum(squares_G) if squares_G else math.nan
+    state.parameter_norm = _norm_of(point.parameter_norms)
+    state.displacement_norm = _norm_of(point.displacement_norms)
+    state.average_distance = math.sqrt(square) if 0.0 <= square < math.inf else None
+
+
+def _norm_of(norms: tuple[float, ...]) -> float:
+    return math.sqrt(sum(norm * norm for norm in norms))
 
 
 def note_outcome(state: FeatureState, outcome: Outcome, *, window_steps: int, step_passes: float) -> None:
@@ -120,17 +135,42 @@ def note_outcome(state: FeatureState, outcome: Outcome, *, window_steps: int, st
 
 
 def featurize(
-    state: FeatureState, facts: StepFacts, *, loss: float, gradient_norm: float, clip_scale: float
+    state: FeatureState,
+    facts: StepFacts,
+    *,
+    loss: float,
+    gradient_norm: float,
+    clip_scale: float,
+    small_norm: float = math.nan,
+    small_share: float = math.nan,
 ) -> tuple[float, ...]:
-    """Update the state with one step and return the (F,) vector in the order of common.features."""
+    """Update the state with one step and return the (F,) vector in the order of common.features.
+
+    `small_norm` is the gradient norm of a part of the batch, `small_share` of it; NaN: not measured.
+    """
     previous_loss = state.losses.values[-1] if state.losses.values else loss
     _push(state, facts, loss=loss, gradient_norm=gradient_norm, clip_scale=clip_scale)
+    state.noise = with_step(
+        state.noise,
+        small_norm=small_norm,
+        whole_norm=gradient_norm,
+        small_share=small_share,
+        batch_factor=facts.batch_factor,
+    )
+    of_loss = _loss_features(state, loss, previous_loss)
     values = {
-        **_loss_features(state, loss, previous_loss),
+        **of_loss,
         **_gradient_features(state, gradient_norm, clip_scale),
         **_schedule_features(state, facts),
         **_cost_features(state, facts),
         **_jump_features(state, facts, loss),
+        **control_features(
+            noise_scale=state.noise.over_batch(facts.batch_factor),
+            progress_per_second=per_second(-of_loss["loss_slope_64"], state.seconds.values),
+            average_distance=state.average_distance,
+            parameter_norm=state.parameter_norm,
+            factors=(facts.rate_factor, facts.batch_factor, facts.context_share),
+        ),
     }
     return tuple(map(float, _in_order(values)))
 
@@ -147,20 +187,14 @@ def _push(
     state.clips.push(float(clip_scale < 1.0))
     state.seconds.push(facts.step_seconds)
     state.all_passes += TRAIN_PASSES * facts.micro_batches
-    state.loss_averages = _ema(state.loss_averages, loss, (4, 16, 64))
-    state.norm_averages = _ema(state.norm_averages, gradient_norm, (16, 64))
-
-
-def _ema(averages: list[float], value: float, steps: tuple[int, ...]) -> list[float]:
-    if not averages or not all(math.isfinite(a) for a in averages):
-        return [value] * len(steps)
-    return [a + (value - a) * 2 / (n + 1) for a, n in zip(averages, steps, strict=True)]
+    state.loss_averages = exponential_averages(state.loss_averages, loss, (4, 16, 64))
+    state.norm_averages = exponential_averages(state.norm_averages, gradient_norm, (16, 64))
 
 
 def _loss_features(state: FeatureState, loss: float, previous_loss: float) -> dict[str, float]:
     long, short = state.losses.values, state.losses.newest(SHORT)
-    mean_64, std_64 = _mean_and_deviation(long)
-    mean_16, std_16 = _mean_and_deviation(short)
+    mean_64, std_64 = mean_and_deviation(long)
+    mean_16, std_16 = mean_and_deviation(short)
     ema_4, ema_16, ema_64 = state.loss_averages
     return {
         "loss": loss,
@@ -169,32 +203,32 @@ def _loss_features(state: FeatureState, loss: float, previous_loss: float) -> di
         "loss_ema_64": ema_64,
         "loss_mean_16": mean_16,
         "loss_std_16": std_16,
-        "loss_min_16": _extreme(min, short),
-        "loss_max_16": _extreme(max, short),
+        "loss_min_16": extreme(min, short),
+        "loss_max_16": extreme(max, short),
         "loss_mean_64": mean_64,
         "loss_std_64": std_64,
-        "loss_slope_16": _slope(short),
-        "loss_slope_64": _slope(long),
+        "loss_slope_16": slope(short),
+        "loss_slope_64": slope(long),
         "d_loss": loss - previous_loss,
-        "z_loss_64": (loss - mean_64) / max(std_64, _TINY) if len(long) > 1 else 0.0,
-        "loss_over_first": _ratio(loss, state.first_loss),
-        "loss_over_best": _ratio(loss, state.best_loss),
+        "z_loss_64": (loss - mean_64) / max(std_64, TINY) if len(long) > 1 else 0.0,
+        "loss_over_first": ratio(loss, state.first_loss),
+        "loss_over_best": ratio(loss, state.best_loss),
     }
 
 
 def _gradient_features(state: FeatureState, norm: float, clip_scale: float) -> dict[str, float]:
-    mean, deviation = _mean_and_deviation(state.norms.values)
+    mean, deviation = mean_and_deviation(state.norms.values)
     clips = state.clips.values
     ema_16, ema_64 = state.norm_averages
     return {
-        "log10_grad_norm": _log10(norm),
-        "log10_grad_norm_ema_16": _log10(ema_16),
-        "log10_grad_norm_ema_64": _log10(ema_64),
-        "grad_norm_over_ema_64": _ratio(norm, ema_64),
-        "grad_norm_cv_64": _ratio(deviation, mean),
+        "log10_grad_norm": log10(norm),
+        "log10_grad_norm_ema_16": log10(ema_16),
+        "log10_grad_norm_ema_64": log10(ema_64),
+        "grad_norm_over_ema_64": ratio(norm, ema_64),
+        "grad_norm_cv_64": ratio(deviation, mean),
         "clip_scale": clip_scale,
         "clipped_share_64": sum(clips) / len(clips),
-        "grad_norm_max_64_over_mean": _ratio(_extreme(max, state.norms.values), mean),
+        "grad_norm_max_64_over_mean": ratio(extreme(max, state.norms.values), mean),
     }
 
 
@@ -203,13 +237,13 @@ def _schedule_features(state: FeatureState, facts: StepFacts) -> dict[str, float
     tail = max(1, facts.total_steps - facts.decay_start_step)
     return {
         "rate": facts.rate,
-        "rate_over_peak": _ratio(facts.rate, facts.peak_rate),
+        "rate_over_peak": ratio(facts.rate, facts.peak_rate),
         "beta1": facts.beta1,
         "beta2": facts.beta2,
         "weight_decay": facts.weight_decay,
-        "log10_update_norm": _log10(state.displacement_norm),
-        "update_over_parameter_norm": _ratio(state.displacement_norm, state.parameter_norm),
-        "log10_parameter_norm": _log10(state.parameter_norm),
+        "log10_update_norm": log10(state.displacement_norm),
+        "update_over_parameter_norm": ratio(state.displacement_norm, state.parameter_norm),
+        "log10_parameter_norm": log10(state.parameter_norm),
         "progress": facts.step / facts.total_steps,
         "rate_warmup_progress": min(1.0, facts.step / max(1, facts.warmup_steps)),
         "decay_progress": min(1.0, max(0.0, (facts.step - facts.decay_start_step) / tail)),
@@ -220,21 +254,21 @@ def _schedule_features(state: FeatureState, facts: StepFacts) -> dict[str, float
         "is_full": float(facts.phase is Phase.FULL),
         "is_correct": float(facts.phase is Phase.CORRECT),
         "window_progress": in_phase if facts.phase is Phase.FULL else 0.0,
-        "log10_units_per_step": _log10(facts.units_per_step),
+        "log10_units_per_step": log10(facts.units_per_step),
         "epoch": facts.epoch,
         "micro_batches": float(facts.micro_batches),
-        "log10_context": _log10(facts.context),
+        "log10_context": log10(facts.context),
     }
 
 
 def _cost_features(state: FeatureState, facts: StepFacts) -> dict[str, float]:
     seconds = state.seconds.values
     return {
-        "log10_step_seconds": _log10(facts.step_seconds),
-        "step_seconds_over_ema_64": _ratio(facts.step_seconds, sum(seconds) / len(seconds)),
-        "data_wait_share": _ratio(facts.data_seconds, facts.step_seconds),
-        "check_share_of_run": _ratio(state.check_passes, state.all_passes),
-        "lost_share_of_run": _ratio(state.lost_passes, state.all_passes),
+        "log10_step_seconds": log10(facts.step_seconds),
+        "step_seconds_over_ema_64": ratio(facts.step_seconds, sum(seconds) / len(seconds)),
+        "data_wait_share": ratio(facts.data_seconds, facts.step_seconds),
+        "check_share_of_run": ratio(state.check_passes, state.all_passes),
+        "lost_share_of_run": ratio(state.lost_passes, state.all_passes),
     }
 
 
@@ -248,42 +282,11 @@ def _jump_features(state: FeatureState, facts: StepFacts, loss: float) -> dict[s
         "last_horizon_over_window": state.last_horizon_windows,
         "last_accepted": accepted[-1] if accepted else 0.0,
         "last_gain_in_spreads": state.last_gain_spreads,
-        "last_delta_over_parameter_norm": _ratio(state.last_delta_norm, state.parameter_norm),
-        "virtual_share_of_run": _ratio(state.virtual_steps, state.virtual_steps + facts.step),
+        "last_delta_over_parameter_norm": ratio(state.last_delta_norm, state.parameter_norm),
+        "virtual_share_of_run": ratio(state.virtual_steps, state.virtual_steps + facts.step),
         "last_delta_cosine": state.last_cosine,
-        "loss_over_guard": _ratio(loss, state.guard_loss) if has_guard else 0.0,
+        "loss_over_guard": ratio(loss, state.guard_loss) if has_guard else 0.0,
         "attempts_log10": math.log10(1 + state.attempts),
         "has_guard_loss": float(has_guard),
         "guard_loss": state.guard_loss if has_guard else 0.0,
     }
-
-
-def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    """Population deviation. Sums over 64 floats are faster in plain Python than by way of an array."""
-    count = len(values)
-    mean = sum(values) / count
-    return mean, math.sqrt(sum([(value - mean) * (value - mean) for value in values]) / count)
-
-
-def _extreme(of: Callable[[list[float]], float], values: list[float]) -> float:
-    """Least or greatest; NaN if one of them is, wherever it stands."""
-    total = sum(values)
-    return of(values) if total == total or not any(map(math.isnan, values)) else math.nan
-
-
-def _slope(values: list[float]) -> float:
-    """Least-squares slope per step."""
-    n = len(values)
-    if n < 2:
-        return 0.0
-    middle = (n - 1) / 2
-    offsets = _OFFSETS.get(n) or _OFFSETS.setdefault(n, tuple(x - middle for x in range(n)))
-    return sum(map(mul, offsets, values)) / (n * (n * n - 1) / 12)
-
-
-def _ratio(value: float, base: float) -> float:
-    return value / base if abs(base) > _TINY else 0.0
-
-
-def _log10(value: float) -> float:
-    return math.log10(max(value, _TINY)) if math.isfinite(value) else value

@@ -28,14 +28,15 @@ from common.messages import (
 from common.sealed_folder import folder_name
 from common.streams import TRAINER
 from trainer_node import ledger as purposes
+from trainer_node.before_jump import full_step_seconds
 from trainer_node.checkpoint_clock import FIRST_STEPS, CheckpointClock, interval_steps
+from trainer_node.controls import most_steps
 from trainer_node.ledger import Ledger
 from trainer_node.loop import Loop
 from trainer_node.memory_orders import Done, carry_out
 from trainer_node.memory_report import ORDER, held_bytes, tell_shortage
 from trainer_node.out_of_memory import OutOfMemory, attempt, release
 from trainer_node.output_entropy import OutputEntropy, measure_output
-from trainer_node.progress import full_step_seconds
 from trainer_node.read_out import copy_of_parameters, put_parameters, weights_that_count
 from trainer_node.rollback import SpikeWatch
 from trainer_node.shared_checkpoints import AnyCheckpoints
@@ -80,7 +81,7 @@ class Housekeeping:
                 self.load(former)
                 self._told_lost = False
         step = loop.progress.step
-        if step >= self._next_evaluation_step and step < settings.steps:
+        if step >= self._next_evaluation_step and not loop.is_over:
             self._next_evaluation_step = step + settings.evaluate_every_steps
             self.evaluate(loop)
         if self._is_checkpoint_due(loop):
@@ -95,14 +96,14 @@ class Housekeeping:
             self._obey(loop, order)
 
     def _is_checkpoint_due(self, loop: Loop) -> bool:
-        return self._next_checkpoint_step <= loop.progress.step < loop.settings.steps
+        return self._next_checkpoint_step <= loop.progress.step and not loop.is_over
 
     def _checkpoint_steps(self, loop: Loop) -> int:
         """Until the next checkpoint. In lockstep as configured: what is sent must not depend on time."""
         settings, cost_seconds = loop.settings, self._clock.cost_seconds
         hours = settings.checkpoint.hours_between_failures
         if hours == 0.0 or settings.decision_mode == "lockstep":
-            return settings.checkpoint.every_steps or settings.steps
+            return settings.checkpoint.every_steps or most_steps(settings)
         if cost_seconds is None:
             return settings.checkpoint.every_steps or FIRST_STEPS
         steps = interval_steps(cost_seconds, 3600.0 * hours, step_seconds=full_step_seconds(loop.progress))

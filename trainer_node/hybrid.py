@@ -31,6 +31,7 @@ from common.clock import SystemClock
 from common.errors import CheckpointError, UserError
 from common.messages import CheckpointWritten, Evaluation
 from common.sealed_folder import folder_name
+from trainer_node.controls import check_own_loop
 from trainer_node.fingerprint import fingerprint
 from trainer_node.held_batches import HeldBatches, LossOf
 from trainer_node.ledger import Ledger
@@ -85,6 +86,7 @@ class Hybrid:
         run_settings = own_settings(
             optimizers, settings, steps, decay_start_step, is_counted=redis == "memory://"
         )
+        check_own_loop(run_settings.trainer)
         self._guard = HeldBatches(
             model,
             next(model.parameters()).device,

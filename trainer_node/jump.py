@@ -4,6 +4,9 @@
     finish   guard loss after the probation's steps     -> ACCEPTED, or REFUSED (restored)
     abort    the run stops during probation             -> ABORTED (restored)
 
+A proposal of other controls alone goes the same way without a move: they are the cycle's to put in force and
+to set back. It is judged at equal data: a batch of half the size is not worse for half the progress.
+
 Without the guard (verify.enabled = false, for races) there is no snapshot and no check, so there is
 no way back: a jump is kept whatever becomes of it. Everything it costs is in the Outcome. Memory that
 runs out on the way fails the jump, with the same restore. Real steps are the loop's business; phases are
@@ -16,12 +19,14 @@ import math
 from dataclasses import replace
 from functools import partial
 
+from common.control_rules import tolerance_of
 from common.errors import EnvironmentFault
 from common.messages import Outcome, PhaseDecision, Verdict
 from trainer_node import ledger as purposes
 from trainer_node.delta import AppliedDelta
 from trainer_node.out_of_memory import OutOfMemory, TornUpdate, attempt, release
 from trainer_node.parts import move_at_once, move_in_parts
+from trainer_node.phases import is_of_controls
 from trainer_node.snapshot import Snapshot
 from trainer_node.trial import Before, Jump, JumpTools, blank_outcome
 from trainer_node.verify import NoJumpForecast, forecast_without_jump, judge, ruin_bound
@@ -53,13 +58,24 @@ def start_jump(
         snapshot = _take_snapshot(tools)
     if snapshot is None:
         return replace(outcome, verdict=Verdict.FAILED)
-    nothing = AppliedDelta(0.0, tools.basis.empty_sample(), tools.basis.empty_sample())
     outcome = replace(outcome, snapshot_seconds=saving.seconds)
-    jump = Jump(decision, outcome, snapshot, nothing, before.guard)
+    jump = Jump(
+        decision,
+        outcome,
+        snapshot,
+        _no_delta(tools),
+        before.guard,
+        batch_factor=before.batch_factor,
+        controls_before=before.controls,
+    )
     verdict = attempt(partial(_look_and_leap, tools, jump, before, forecaster))
     if isinstance(verdict, OutOfMemory):
         return fail_jump(tools, jump, verdict)
     return jump if verdict is None else _restore(tools, jump, verdict)
+
+
+def _no_delta(tools: JumpTools) -> AppliedDelta:
+    return AppliedDelta(0.0, tools.basis.empty_sample(), tools.basis.empty_sample())
 
 
 def _take_snapshot(tools: JumpTools) -> Snapshot | None:
@@ -91,6 +107,9 @@ def _look_and_leap(
 ) -> Verdict | None:
     """What is wrong with the jump at once, if anything."""
     _look(tools, jump, before)
+    if is_of_controls(jump.decision):
+        jump.outcome = replace(jump.outcome, loss_after=jump.outcome.loss_before)
+        return None
     bound = ruin_bound(
         loss_before=jump.outcome.loss_before,
         first_loss=before.first_loss,
@@ -107,14 +126,17 @@ def _look(tools: JumpTools, jump: Jump, before: Before) -> None:
     """The guard loss before the jump, and what it would be after probation without one."""
     with tools.ledger.span(purposes.CHECKS, passes=tools.check_passes) as check:
         loss_before = tools.guard_loss()
+    # The record counts nominal steps, so that it holds at every batch; recent losses are of real steps.
+    nominal_steps = tools.probation_steps * before.batch_factor
     before.guard.observe(
-        jump.decision.base_step,
+        jump.decision.base_step if before.clock is None else before.clock,
         loss_before,
-        longest_steps=LONGEST_SAMPLE_PROBATIONS * tools.probation_steps,
+        longest_steps=LONGEST_SAMPLE_PROBATIONS * nominal_steps,
     )
     forecast = forecast_without_jump(
         before.recent_losses,
-        horizon_steps=tools.probation_steps,
+        horizon_steps=tools.probation_steps * before.batch_change,
+        guard_horizon_steps=nominal_steps,
         guard=before.guard,
         loss_noise=before.loss_noise,
     )
@@ -135,6 +157,8 @@ def _jump_unguarded(
     outcome: Outcome,
     forecaster: WeightForecaster | None,
 ) -> Jump | Outcome:
+    if is_of_controls(decision):
+        return Jump(decision, outcome, None, _no_delta(tools), before.guard)
     with tools.ledger.span(purposes.JUMPS) as jumping:
         delta = attempt(lambda: tools.move(decision, forecaster))
         if isinstance(delta, OutOfMemory):
@@ -164,11 +188,17 @@ def _judge_jump(tools: JumpTools, jump: Jump) -> Outcome:
     with tools.ledger.span(purposes.CHECKS, passes=tools.check_passes) as check:
         loss_end = tools.guard_loss()
     before = jump.outcome
+    change = before.loss_forecast - before.loss_before
     verdict = judge(
         loss_before=before.loss_before,
         loss_end=loss_end,
-        forecast=NoJumpForecast(change=before.loss_forecast - before.loss_before, spread=before.loss_spread),
-        tolerance=tools.settings.tolerance,
+        forecast=NoJumpForecast(change=change, spread=before.loss_spread),
+        tolerance=tolerance_of(
+            jump.decision.controls or jump.controls_before,
+            jump.controls_before,
+            tolerance=tools.settings.tolerance,
+            forecast_change_nats=change,
+        ),
     )
     jump.outcome = replace(
         before,
@@ -179,7 +209,8 @@ def _judge_jump(tools: JumpTools, jump: Jump) -> Outcome:
     )
     if verdict is not Verdict.ACCEPTED:
         return _restore(tools, jump, verdict)
-    jump.guard.move_to(before.base_step + before.probation_steps, loss_end)
+    # It stands at the guard loss before the jump.
+    jump.guard.move_to(jump.guard.step + before.probation_steps * jump.batch_factor, loss_end)
     return jump.outcome
 
 

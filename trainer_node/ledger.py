@@ -8,8 +8,6 @@ lockstep the forward-equivalents, so that equal runs send equal bytes.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from common.clock import Clock
@@ -24,14 +22,33 @@ DATA, CORRECTIONS = "data", "corrections"  # parts of STEPS
 
 
 class Span:
-    seconds: float = 0.0  # for messages
-    wall_seconds: float = 0.0
+    """A piece of work under way; its seconds are there once it has ended, also by an exception.
+
+    A class, as a generator's context manager takes 33 us behind a step of training (1.4 us in a loop).
+    """
+
+    __slots__ = ("_ledger", "_passes", "_purpose", "_started_seconds", "seconds", "wall_seconds")
+
+    def __init__(self, ledger: Ledger, purpose: str, passes: float) -> None:
+        self._ledger, self._purpose, self._passes = ledger, purpose, passes
+        self.seconds = 0.0  # for messages
+        self.wall_seconds = 0.0
+
+    def __enter__(self) -> Span:
+        self._started_seconds = self._ledger.clock.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall_seconds = self._ledger.clock.monotonic() - self._started_seconds
+        self.seconds = self._passes if self._ledger.counted else self.wall_seconds
+        self._ledger.wall_seconds[self._purpose] += self.wall_seconds
+        self._ledger.passes[self._purpose] += self._passes
 
 
 class Ledger:
     def __init__(self, clock: Clock, *, counted: bool) -> None:
-        self._clock = clock
-        self._counted = counted
+        self.clock = clock
+        self.counted = counted
         self._started_seconds = clock.monotonic()
         self._former_seconds = 0.0  # of the processes that this run was resumed from
         self.wall_seconds: defaultdict[str, float] = defaultdict(float)
@@ -41,17 +58,9 @@ class Ledger:
         self.lost_steps = 0
         self.cosines: list[float] = []
 
-    @contextmanager
-    def span(self, purpose: str, *, passes: float = 0.0) -> Iterator[Span]:
-        span = Span()
-        started = self._clock.monotonic()
-        try:
-            yield span
-        finally:
-            span.wall_seconds = self._clock.monotonic() - started
-            span.seconds = passes if self._counted else span.wall_seconds
-            self.wall_seconds[purpose] += span.wall_seconds
-            self.passes[purpose] += passes
+    def span(self, purpose: str, *, passes: float = 0.0) -> Span:
+        """A context manager: `with ledger.span(...) as span`."""
+        return Span(self, purpose, passes)
 
     def note(self, outcome: Outcome) -> None:
         self.verdicts[outcome.verdict] += 1
@@ -68,12 +77,12 @@ class Ledger:
 
     def start(self) -> None:
         """The run's own time begins now: data and model are ready."""
-        self._started_seconds = self._clock.monotonic()
+        self._started_seconds = self.clock.monotonic()
 
     @property
     def total_seconds(self) -> float:
         """Wall seconds of the run so far, over all its processes; time between them does not count."""
-        return self._former_seconds + self._clock.monotonic() - self._started_seconds
+        return self._former_seconds + self.clock.monotonic() - self._started_seconds
 
     def to_json(self) -> dict[str, object]:
         return {

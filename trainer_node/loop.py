@@ -31,6 +31,7 @@ from trainer_node.memory_report import Report, tell_shortage
 from trainer_node.memory_state import MemoryState
 from trainer_node.out_of_memory import MemoryExhausted, Picture, TornUpdate
 from trainer_node.prediction import PredictionParts
+from trainer_node.progress import plan_of
 from trainer_node.real_step import RealSteps
 from trainer_node.tasks import Task
 
@@ -82,7 +83,7 @@ class Loop(Cycle):
         )
 
     def run(self) -> None:
-        """Until `steps` real steps are kept or a stop is requested.
+        """Until the schedule's clock is at its end or a stop is requested.
 
         Raises MemoryExhausted in a state that may be saved, TornUpdate in one that may not.
         """
@@ -105,15 +106,13 @@ class Loop(Cycle):
                 return
 
     def _is_finished(self) -> bool:
-        return self.progress.step >= self.settings.steps and self._jump is None
+        return self.is_over and self._jump is None
 
     def _real_step(self) -> None:
-        progress = self.progress
         self.expect_step()
+        plan = plan_of(self.progress, self.settings)
         try:
-            shortage = self.note_step(
-                self._real_steps.take(progress.step, progress.data_step, self.correction())
-            )
+            shortage = self.note_step(self._real_steps.take(plan, self.correction()))
         except (MemoryExhausted, TornUpdate) as error:
             if self._jump is None or self._jump.snapshot is None:
                 raise

@@ -225,7 +225,7 @@ def _end(
     made_with: dict[str, Any],
 ) -> None:
     """The last checkpoint, the last word, the summary."""
-    status = "finished" if loop.progress.step >= job.settings.trainer.steps else "stopped"
+    status = "finished" if loop.is_over else "stopped"
     housekeeping.end(loop, emergency=status == "stopped")
     if loop.task.split.ranks.rank > 0:
         return

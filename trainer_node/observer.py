@@ -8,7 +8,6 @@ step evicts what it needs from the caches. What is told does not depend on when.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,12 +18,12 @@ from common.messages import DecisionPoint, Observation
 from common.settings import TrainerSettings
 from trainer_node import ledger as purposes
 from trainer_node.basis import Basis
-from trainer_node.featurize import StepFacts
+from trainer_node.featurize import StepFacts, note_window
 from trainer_node.ledger import Ledger
 from trainer_node.memory_state import MemoryState
 from trainer_node.out_of_memory import OutOfMemory, attempt
 from trainer_node.probe import Probe
-from trainer_node.progress import Progress, needs_averages
+from trainer_node.progress import Progress, is_over, needs_averages
 from trainer_node.step import StepTensors
 
 TOLD_TOGETHER = 8, 0.1  # steps, seconds: whichever comes first
@@ -47,7 +46,7 @@ class Observer:
         self._ledger, self._memory, self._emit = ledger, memory, emit
         self._settings = settings
         self._is_lockstep = settings.decision_mode == "lockstep"
-        self._window_steps, self._last_step = settings.window_steps, settings.steps
+        self._window_steps = settings.window_steps
         self._untold_steps, self._untold_seconds = 0, 0.0
 
     def watch(self, basis: Basis | None) -> None:
@@ -78,7 +77,7 @@ class Observer:
         self._untold_seconds += wall_seconds
         most_steps, longest_seconds = TOLD_PLAINLY if self._basis is None else TOLD_TOGETHER
         is_due = self._untold_steps >= most_steps or self._untold_seconds >= longest_seconds
-        if at_point or progress.phase.is_judgement_point or progress.step >= self._last_step:
+        if at_point or progress.phase.is_judgement_point or is_over(progress, self._settings):
             return losses + self.tell(progress, wait=True, decision_point=self._point(progress, at_point))
         return losses + (self.tell(progress, wait=self._is_lockstep) if is_due else [])
 
@@ -108,7 +107,5 @@ class Observer:
     def _close_window(self, basis: Basis, progress: Progress) -> DecisionPoint:
         self.fingerprint = basis.fingerprint()
         point = basis.close_window(window=progress.phase.windows, fingerprint=self.fingerprint)
-        features = progress.features
-        features.parameter_norm = math.sqrt(sum(n * n for n in point.parameter_norms))
-        features.displacement_norm = math.sqrt(sum(n * n for n in point.displacement_norms))
+        note_window(progress.features, point)
         return replace(point, window_steps=progress.phase.window_steps or self._window_steps)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from common.messages import Alert, CheckpointRequest, Message, OrderDone, StopRequest, Verdict
 from common.streams import TRAINER
+from trainer_node.before_jump import outcome_without_jump
 from trainer_node.cycle import Cycle
 from trainer_node.jump import finish_jump
 from trainer_node.memory_orders import Done, carry_out
 from trainer_node.memory_report import ORDER, held_bytes
 from trainer_node.own_steps import OwnSteps
-from trainer_node.progress import outcome_without_jump
 from trainer_node.step import StepTensors, update
 
 NO_GUARD = (

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from common.settings import TrainerSettings
 from trainer_node import ledger as purposes
-from trainer_node.cycle import StepTaken
 from trainer_node.groups import ParameterGroup
 from trainer_node.ledger import TRAIN_PASSES, Ledger, Span
 from trainer_node.step import StepTensors, gradient_norms
+from trainer_node.step_taken import StepTaken
 from trainer_node.tasks import Task
 
 
@@ -96,7 +96,10 @@ class OwnSteps:
     def _seen(self, loss: Tensor) -> StepTensors:
         norms_G = self._norms_G if self._norms_G is not None else gradient_norms(self._groups)
         return StepTensors(
-            loss=loss.detach().float().mean().to(norms_G.device),
+            loss=loss.detach()
+            .float()
+            .mean()
+            .to(norms_G.device),  # the mean is a copy: the loop may change its own
             gradient_norms_G=norms_G,
             clip_scale=torch.ones((), device=norms_G.device),
         )

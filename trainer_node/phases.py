@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from common.messages import Phase, PhaseDecision, Verdict
+from common.control_rules import NEUTRAL
+from common.messages import Controls, Phase, PhaseDecision, Verdict
 
 # A proposal may stand for at most this many windows; beyond it the horizon is a mistake, not a plan
 # (useful jumps in shared notes reached 8 windows).
@@ -60,6 +61,8 @@ class Position:
     fingerprint: str
     num_groups: int
     num_directions: int
+    controls: Controls = NEUTRAL  # in force
+    steps_left: int | None = None  # real ones, with the controls that are wanted; None: by the rules
 
 
 def first_state(rules: PhaseRules) -> PhaseState:
@@ -80,12 +83,13 @@ def after_step(state: PhaseState, rules: PhaseRules) -> PhaseState:
     """One real step was taken."""
     if state.steps_left < 1 or state.phase is Phase.PREDICT:
         raise ValueError(f"no real step is due in {state}")
-    state = replace(state, steps_left=state.steps_left - 1)
-    if state.phase is Phase.WARMUP and state.steps_left == 0:
-        return _new_window(state, 0, rules)
-    if state.is_decision_point:
-        return replace(state, windows=state.windows + 1)
-    return state
+    steps_left, windows = state.steps_left - 1, state.windows
+    if steps_left == 0 and state.phase is Phase.WARMUP:
+        return _new_window(replace(state, steps_left=0), 0, rules)
+    if steps_left == 0 and state.phase is Phase.FULL:
+        windows += 1
+    # Not `replace`: behind a step of training it takes 30 us, and this is done after every one.
+    return PhaseState(state.phase, steps_left, windows, state.used_decision, state.window_steps)
 
 
 def after_decision(
@@ -128,8 +132,12 @@ def objection(
     state: PhaseState,
     rules: PhaseRules,
     veto: str | None,
+    breach: str = "",
 ) -> Verdict | None:
-    """Why this decision must not be applied, or None if it may be. Refusals are values."""
+    """Why this decision must not be applied, or None if it may be. Refusals are values.
+
+    `breach` says what is wrong with its controls (controls.py), "" = nothing.
+    """
     if decision is None:
         return Verdict.MISSING
     if (
@@ -144,25 +152,42 @@ def objection(
         return Verdict.REST
     if decision.decision_id == state.used_decision:
         return Verdict.USED
-    if not _is_well_formed(decision, position, rules):
+    if breach or not _is_well_formed(decision, position, rules):
         return Verdict.MALFORMED
     if veto is not None:
         return Verdict.VETOED
     return None
 
 
+def is_of_controls(decision: PhaseDecision) -> bool:
+    """A proposal that moves no weight: other controls, on probation."""
+    return decision.horizon_steps == 0 and decision.controls is not None
+
+
 def _is_well_formed(decision: PhaseDecision, position: Position, rules: PhaseRules) -> bool:
+    left_steps = rules.total_steps - position.step if position.steps_left is None else position.steps_left
     return (
         decision.phase is Phase.PREDICT
         and len(decision.decision_id) <= MAX_ID_CHARACTERS
-        and 1 <= decision.horizon_steps <= MAX_HORIZON_WINDOWS * rules.window_steps
+        and (_changes_controls if is_of_controls(decision) else _has_delta)(decision, position, rules)
+        and 1 <= decision.chunks <= MAX_CHUNKS
+        and 0.0 <= decision.correction_share <= 1.0
+        and rules.probation_steps <= left_steps
+    )
+
+
+def _changes_controls(decision: PhaseDecision, position: Position, rules: PhaseRules) -> bool:
+    has_no_delta = not decision.coefficients and not decision.forecaster
+    return has_no_delta and decision.controls != position.controls
+
+
+def _has_delta(decision: PhaseDecision, position: Position, rules: PhaseRules) -> bool:
+    return (
+        1 <= decision.horizon_steps <= MAX_HORIZON_WINDOWS * rules.window_steps
         and decision.num_groups == position.num_groups
         and decision.num_directions == position.num_directions
         and len(decision.coefficients) in _lengths(decision, position)
         and all(math.isfinite(c) for c in decision.coefficients)
-        and 1 <= decision.chunks <= MAX_CHUNKS
-        and 0.0 <= decision.correction_share <= 1.0
-        and position.step + rules.probation_steps <= rules.total_steps
     )
 
 

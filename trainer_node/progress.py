@@ -1,24 +1,27 @@
 """How far a run is, apart from tensors: what a checkpoint stores and a restore sets back.
 
-The data position is not stored: it is `data_step` times the micro-batches of a step (data.py).
+The data position is not stored: it is `data_step` times the items of a configured step (data.py). While the
+batch is as configured, nominal steps are real steps; what larger and smaller batches (controls.py) have added
+to them is counted apart, so that a run without controls has the numbers that it always had.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-import statistics
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
-from common.messages import DIRECTIONS, Outcome, Phase, PhaseDecision, Verdict
+from common.control_rules import NEUTRAL, context_of, schedule_of
+from common.messages import DIRECTIONS, Controls, Phase
 from common.schedule import decay_start_step
 from common.settings import TrainerSettings
+from trainer_node.controls import StepPlan, betas_of, plan_step, steps_left
 from trainer_node.featurize import FeatureState, StepFacts
-from trainer_node.phases import MAX_ID_CHARACTERS, PhaseRules, PhaseState, Position, first_state
+from trainer_node.phases import PhaseRules, PhaseState, Position, first_state
 from trainer_node.spikes import CLEAR_STEPS
+from trainer_node.step_taken import StepTaken
 from trainer_node.tasks import Task
-from trainer_node.trial import Before, blank_outcome
 from trainer_node.verify import MIN_FIT_POINTS, GuardRecord
 
 
@@ -33,11 +36,25 @@ class Progress:
     skipped_steps: int = 0  # whose batches were left behind by rollbacks
     rollbacks: int = 0  # in a row
     spike_step: int = 0  # where the run stood when it was rolled back last
+    controls: Controls = NEUTRAL  # in force
+    extra_steps: float = 0.0  # nominal steps kept beyond `step`; below 0: the batches were smaller
+    extra_data_steps: float = 0.0  # the same of all batches used, also of those that rollbacks left behind
 
     @property
-    def data_step(self) -> int:
-        """Steps whose batches have been used: no batch is used twice, unless a jump was refused."""
-        return self.step + self.skipped_steps
+    def clock(self) -> float:
+        """Nominal steps that are kept: what schedule and end of the run go by. Exact (controls.py)."""
+        return self.step + self.extra_steps
+
+    @property
+    def data_step(self) -> float:
+        """Nominal steps whose batches were used: no item is used twice, unless a jump was refused. Exact."""
+        return self.step + self.skipped_steps + self.extra_data_steps
+
+    def count(self, taken: StepTaken) -> None:
+        """One more real step."""
+        self.step += 1
+        self.extra_steps += taken.nominal_steps - 1
+        self.extra_data_steps += taken.nominal_steps - 1
 
     @property
     def rollbacks_next(self) -> int:
@@ -57,12 +74,15 @@ class Progress:
         return replace(former, attempt=attempt, guard=self.guard)
 
     def after_rollback(self, former: Progress, *, step_passes: float) -> Progress:
-        """`former`, of a checkpoint, as a new attempt behind all batches that were used since."""
+        """`former`, of a checkpoint, as a new attempt behind all batches that were used since.
+
+        `step_passes`: forward-equivalents of a nominal step.
+        """
         undone_steps = self.step - former.step
         attempt = self.attempt + 1
         features, spent = former.features.copy(), self.features
         features.attempts = attempt
-        features.lost_passes = spent.lost_passes + undone_steps * step_passes
+        features.lost_passes = spent.lost_passes + (self.clock - former.clock) * step_passes
         features.check_passes, features.all_passes = spent.check_passes, spent.all_passes
         return replace(
             former,
@@ -71,6 +91,7 @@ class Progress:
             skipped_steps=self.skipped_steps + undone_steps,
             rollbacks=self.rollbacks_next,
             spike_step=self.step,
+            extra_data_steps=self.extra_data_steps,
         )
 
     def to_json(self) -> dict[str, object]:
@@ -84,6 +105,9 @@ class Progress:
             "skipped_steps": self.skipped_steps,
             "rollbacks": self.rollbacks,
             "spike_step": self.spike_step,
+            "controls": asdict(self.controls),
+            "extra_steps": self.extra_steps,
+            "extra_data_steps": self.extra_data_steps,
         }
 
 
@@ -96,7 +120,21 @@ def phase_rules(settings: TrainerSettings) -> PhaseRules:
     )
 
 
-def position_of(progress: Progress, generation: int, fingerprint: str, num_groups: int) -> Position:
+def is_over(progress: Progress, settings: TrainerSettings) -> bool:
+    """Whether the clock stands at the end of the schedule in force."""
+    return progress.clock >= schedule_of(progress.controls, settings)[0]
+
+
+def plan_of(progress: Progress, settings: TrainerSettings) -> StepPlan:
+    """Of the step that comes now."""
+    return plan_step(
+        progress.controls, settings, step=progress.step, clock=progress.clock, data_step=progress.data_step
+    )
+
+
+def position_of(
+    progress: Progress, generation: int, fingerprint: str, num_groups: int, steps_left: int
+) -> Position:
     return Position(
         generation=generation,
         step=progress.step,
@@ -104,6 +142,8 @@ def position_of(progress: Progress, generation: int, fingerprint: str, num_group
         fingerprint=fingerprint,
         num_groups=num_groups,
         num_directions=len(DIRECTIONS),
+        controls=progress.controls,
+        steps_left=steps_left,
     )
 
 
@@ -123,17 +163,46 @@ def progress_from_json(values: dict, rules: PhaseRules) -> Progress:
         skipped_steps=values.get("skipped_steps", 0),
         rollbacks=values.get("rollbacks", 0),
         spike_step=values.get("spike_step", 0),
+        controls=_controls_from_json(values.get("controls", {})),
+        extra_steps=float(values.get("extra_steps", 0.0)),
+        extra_data_steps=float(values.get("extra_data_steps", 0.0)),
     )
 
 
+def _controls_from_json(values: dict) -> Controls:
+    kinds = {name: type(value) for name, value in asdict(NEUTRAL).items()}
+    return Controls(**{name: kinds[name](value) for name, value in values.items()})
+
+
 def _guard_from_json(values: dict) -> GuardRecord:
-    changes = [(int(steps), float(change)) for steps, change in values.get("changes", [])]
+    changes = [(float(steps), float(change)) for steps, change in values.get("changes", [])]
     return GuardRecord(**{**values, "changes": changes})
 
 
 def _recent_steps(rules: PhaseRules) -> int:
     # Below MIN_FIT_POINTS there is no forecast, and without one every jump that is no ruin would pass.
     return max(2 * rules.window_steps, MIN_FIT_POINTS)
+
+
+def facts_later(
+    progress: Progress, taken: StepTaken, task: Task, settings: TrainerSettings
+) -> Callable[[], StepFacts]:
+    """Facts of the step that `progress` comes to by `taken`; they may be asked for after it has gone on."""
+    return partial(
+        step_facts,
+        progress.phase,
+        task,
+        settings,
+        step=progress.step + 1,
+        rate_factor=taken.rate_factor,
+        step_seconds=taken.seconds,
+        data_seconds=taken.data_seconds,
+        skipped_steps=progress.skipped_steps,
+        controls=progress.controls,
+        nominal_steps=taken.nominal_steps,
+        extra_steps=progress.extra_steps + (taken.nominal_steps - 1),
+        extra_data_steps=progress.extra_data_steps + (taken.nominal_steps - 1),
+    )
 
 
 def step_facts(
@@ -146,9 +215,19 @@ def step_facts(
     step_seconds: float,
     data_seconds: float,
     skipped_steps: int = 0,
+    controls: Controls = NEUTRAL,
+    nominal_steps: float = 1.0,
+    extra_steps: float = 0.0,
+    extra_data_steps: float = 0.0,
 ) -> StepFacts:
-    """Facts of step `step` (from 1); the phase stood at `state` before it."""
-    optimizer = settings.optimizer
+    """Facts of step `step` (from 1), of `nominal_steps`; the phase stood at `state` before it.
+
+    The schedule's steps are given in real ones at the average batch so far: shares of the schedule (progress,
+    warm-up, decay) are then those of its clock, and go on without a leap when the batch changes.
+    """
+    optimizer, end = settings.optimizer, schedule_of(controls, settings)
+    real = step / (step + extra_steps) if extra_steps else 1
+    beta1, beta2 = betas_of(controls, settings)
     window_steps = state.window_steps or settings.window_steps
     lengths = {Phase.WARMUP: settings.statistics_steps, Phase.FULL: window_steps}
     phase_steps = lengths.get(state.phase, settings.probation_steps)
@@ -157,61 +236,28 @@ def step_facts(
         phase_steps_done=phase_steps - state.steps_left + 1,
         phase_steps=phase_steps,
         step=step,
-        total_steps=settings.steps,
+        total_steps=end[0] * real,
         rate=rate_factor * optimizer.rate,
         peak_rate=optimizer.rate,
-        beta1=optimizer.beta1,
-        beta2=optimizer.beta2,
+        beta1=beta1,
+        beta2=beta2,
         weight_decay=optimizer.weight_decay,
-        warmup_steps=settings.schedule.warmup_steps,
-        decay_start_step=decay_start_step(settings.steps, settings.schedule),
-        units_per_step=task.units_per_step,
-        epoch=task.train.epoch((step + skipped_steps) * settings.batch.accumulation),
-        micro_batches=settings.batch.accumulation,
-        context=settings.model.context_tokens,
+        warmup_steps=settings.schedule.warmup_steps * real,
+        decay_start_step=decay_start_step(*end) * real,
+        units_per_step=round(task.units_per_step * nominal_steps),
+        epoch=task.train.epoch((step + skipped_steps + extra_data_steps) * settings.batch.accumulation),
+        micro_batches=settings.batch.accumulation * nominal_steps,
+        context=context_of(controls, settings),
         step_seconds=step_seconds,
         data_seconds=data_seconds,
+        rate_factor=controls.rate_factor,
+        batch_factor=controls.batch_factor,
+        context_share=context_of(controls, settings) / settings.model.context_tokens,
     )
 
 
 def needs_averages(progress: Progress, settings: TrainerSettings) -> bool:
     """By a decision point that is still to come in this run, or as the weights that are handed out."""
-    state, left_steps = progress.phase, settings.steps - progress.step
+    state, left_steps = progress.phase, steps_left(progress.controls, settings, progress.clock)
     window_ends = state.phase is not Phase.FULL or state.steps_left <= left_steps
-    return window_ends or settings.read_out == "average"
-
-
-def before_jump(progress: Progress, waiting_seconds: float) -> Before:
-    losses = list(progress.recent_losses)
-    changes = [later - earlier for earlier, later in itertools.pairwise(losses)]
-    changes = [change for change in changes if math.isfinite(change)]  # pstdev raises on others
-    return Before(
-        attempt=progress.attempt,
-        recent_losses=losses,
-        first_loss=progress.features.first_loss,
-        # Noise of a single loss from successive differences: a trend does not inflate it.
-        loss_noise=statistics.pstdev(changes) / math.sqrt(2) if len(changes) > 1 else 0.0,
-        waiting_seconds=waiting_seconds,
-        full_step_seconds=full_step_seconds(progress),
-        guard=progress.guard,
-    )
-
-
-def outcome_without_jump(
-    progress: Progress, decision: PhaseDecision | None, verdict: Verdict, waiting_seconds: float
-) -> Outcome:
-    """Of a decision point that the run passed as it was."""
-    return blank_outcome(
-        decision.decision_id[:MAX_ID_CHARACTERS] if decision else f"{progress.step}.{progress.attempt}",
-        verdict,
-        step=progress.step,
-        attempt=progress.attempt,
-        horizon_steps=decision.horizon_steps if decision else 0,
-        waiting_seconds=waiting_seconds,
-        full_step_seconds=full_step_seconds(progress),
-    )
-
-
-def full_step_seconds(progress: Progress) -> float:
-    """What an ordinary step costs now, in the unit of messages."""
-    return float(statistics.median(progress.features.seconds.values or [0.0]))
+    return window_ends or settings.read_out == "average" or settings.controls.read_out

@@ -1,10 +1,11 @@
 """Which weights count: those of the last step, or their average where the guard batches prefer it.
 
-Asked for by trainer.read_out = average (Polyak & Juditsky 1992; the decay that a tuned schedule
-brings, without one). The average takes the place of the weights only while it is evaluated and is
-then gone to the last bit; training never sees it. At the very end the finished model keeps what
-counts, and the last checkpoint holds it in a file of its own beside the weights that a resume needs.
-Buffers (BatchNorm statistics) stay those of the weights: the guard batches decide with them as they are.
+Asked for by trainer.read_out = average, or by the control of that name, which goes first (Polyak & Juditsky
+1992; the decay that a tuned schedule brings, without one). The average takes the place of the weights only
+while it is evaluated and is then gone to the last bit; training never sees it. At the very end the finished
+model keeps what counts, and the last checkpoint holds it in a file of its own beside the weights that a
+resume needs. Buffers (BatchNorm statistics) stay those of the weights: the guard batches decide with them as
+they are.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def weights_that_count(loop: Loop) -> Iterator[bool]:
     Costs two checks, counted in the ledger, where an average is asked for, and nothing otherwise.
     Holds one more copy of the weights meanwhile. Not to be entered while a jump is on probation.
     """
-    if loop.settings.read_out != "average" or loop.basis is None:
+    if (loop.progress.controls.read_out or loop.settings.read_out) != "average" or loop.basis is None:
         yield False
         return
     passes = CHECK_PASSES * loop.settings.verify.guard_batches

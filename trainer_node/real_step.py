@@ -3,8 +3,9 @@
 Out of memory in a forward or backward pass: gradients are dropped, the random state is that from before the
 step, and the same batch is done again in micro-batches of half the size, which then stay so. The optimizers
 have not moved yet, so no step is lost, and without dropout the step is the one that would have been taken, up
-to rounding; dropout draws other masks for other micro-batches, and a model that keeps statistics of its
-forward passes (BatchNorm) has seen a part of the batch twice. Once the update has begun there is no way to do
+to rounding (a model that drew nothing in its first step is taken for one that never does); dropout draws
+other masks for other micro-batches, and a model that keeps statistics of its forward passes (BatchNorm) has
+seen a part of the batch twice. Once the update has begun there is no way to do
 it again: that raises TornUpdate, and only a snapshot or a checkpoint helps.
 """
 
@@ -19,15 +20,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from common.schedule import rate_factor
+from common.control_rules import any_on
 from common.settings import TrainerSettings
 from trainer_node import ledger as purposes
-from trainer_node.cycle import StepTaken
+from trainer_node.controls import MicroBatches, StepPlan, halved, pieces_of
 from trainer_node.data import Batch, in_pieces
 from trainer_node.groups import ParameterGroup
 from trainer_node.ledger import TRAIN_PASSES, Ledger
 from trainer_node.memory_state import MemoryState
+from trainer_node.noise_scale import is_measured
 from trainer_node.optim.build import set_rates
+from trainer_node.optim.moments import follow_batch
 from trainer_node.out_of_memory import (
     MemoryExhausted,
     OutOfMemory,
@@ -38,6 +41,7 @@ from trainer_node.out_of_memory import (
 )
 from trainer_node.snapshot import random_state, set_random_state
 from trainer_node.step import (
+    FirstPiece,
     StepTensors,
     autocast,
     equally,
@@ -46,6 +50,7 @@ from trainer_node.step import (
     mean_loss_of_pieces,
     update,
 )
+from trainer_node.step_taken import StepTaken
 from trainer_node.tasks import Task
 
 _T = TypeVar("_T")
@@ -75,41 +80,39 @@ class RealSteps:
         self._data_seconds = 0.0  # of the step under way, for messages
         self._wall_seconds: deque[float] = deque(maxlen=16)
         self._context = partial(autocast, task.device, settings.precision)
-
-    @property
-    def passes(self) -> float:
-        """Forward-equivalents of a step."""
-        each = TRAIN_PASSES + (1.0 if self._memory.is_recomputing else 0.0)
-        return each * self._settings.batch.accumulation
+        self._micro_batches = MicroBatches(lambda position: task.train.batch(position))
+        self._first_piece = FirstPiece(groups) if any_on(settings.controls) else None
+        # Whether passes draw random numbers (dropout); None before the first step has shown it. Where they do
+        # not, the random state need not be copied: 12 to 40 us a step.
+        self._draws: bool | None = None
 
     @property
     def typical_wall_seconds(self) -> float:
         """Of the last steps; 0 before there is one."""
         return statistics.median(self._wall_seconds or [0.0])
 
-    def take(self, step: int, data_step: int, after_backward: Callable[[], None] | None = None) -> StepTaken:
-        """Number `step` of the run, counted from 0, with the batches of `data_step`.
-
-        Raises MemoryExhausted with everything as it was before, TornUpdate with torn weights.
-        """
-        settings = self._settings
-        factor = rate_factor(step, settings.steps, settings.schedule)
-        set_rates(self._optimizers, factor)
-        count, passes = settings.batch.accumulation, self.passes
+    def take(self, plan: StepPlan, after_backward: Callable[[], None] | None = None) -> StepTaken:
+        """Raises MemoryExhausted with everything as it was before, TornUpdate with torn weights."""
+        set_rates(self._optimizers, plan.rate_factor)
+        if self._settings.controls.batch_betas:
+            follow_batch(self._optimizers, plan.betas, steps=plan.moment_steps)
+        each = TRAIN_PASSES + (1.0 if self._memory.is_recomputing else 0.0)
+        passes = each * self._settings.batch.accumulation * plan.nominal_steps
         with self._ledger.span(purposes.STEPS, passes=passes) as span:
             self._data_seconds = 0.0
-            loss = self._gradients(range(data_step * count, (data_step + 1) * count))
+            loss = self._gradients(plan)
             tensors = attempt(partial(self._update, loss, after_backward), at_once=self._picture.take)
             if isinstance(tensors, OutOfMemory):
-                raise TornUpdate(f"the update of step {step + 1}", tensors)
+                raise TornUpdate(f"the update of step {plan.number}", tensors)
         self._wall_seconds.append(span.wall_seconds)
         return StepTaken(
             tensors=tensors,
-            rate_factor=factor,
+            rate_factor=plan.rate_factor,
             passes=passes,
             seconds=span.seconds,
             wall_seconds=span.wall_seconds,
             data_seconds=self._data_seconds,
+            nominal_steps=plan.nominal_steps,
         )
 
     def mean_loss(self, loss_of: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> float:
@@ -132,16 +135,22 @@ class RealSteps:
         size = self._memory.piece_size(self._settings.batch)
         return None if size is None else self._task.split.piece_size(size)
 
-    def _gradients(self, positions: range) -> Tensor:
+    def _gradients(self, plan: StepPlan) -> Tensor:
         device = self._task.device
-        random = random_state(device)
+        random = {} if self._draws is False else random_state(device)
 
         def work() -> Tensor:
             with self._ledger.span(purposes.DATA) as span:
-                batches = [self._task.train.batch(position) for position in positions]
+                batches = self._micro_batches.of(plan)
             self._data_seconds += span.seconds
             size = self._piece_size()
-            pieces = equally(batches) if size is None else in_pieces(batches, size)
+            if size is None and plan.is_as_configured:
+                pieces = equally(batches)
+            else:
+                size = size or plan.micro_batch_items
+                pieces = pieces_of(batches, size=size, context_tokens=plan.context_tokens)
+            if self._first_piece is not None and is_measured(plan.number):
+                pieces = halved(pieces)
             return make_gradients(
                 self._task.model,
                 self._task.loss,
@@ -149,16 +158,31 @@ class RealSteps:
                 self._optimizers,
                 context=self._context,
                 split=self._task.split,
+                first=self._first_piece,
             )
 
-        put_back = partial(set_random_state, random, device)
-        return self._again_smaller(work, put_back=put_back, make_room=self._make_room)
+        def put_back() -> None:
+            if random:
+                set_random_state(random, device)
+
+        loss = self._again_smaller(work, put_back=put_back, make_room=self._make_room)
+        if self._draws is None:
+            after = random_state(device)
+            self._draws = any(not torch.equal(state, after[kind]) for kind, state in random.items())
+        return loss
 
     def _update(self, loss: Tensor, after_backward: Callable[[], None] | None) -> StepTensors:
         if after_backward is not None:
             after_backward()
         clip_norm = self._settings.optimizer.clip_norm
-        return update(loss, self._optimizers, self._groups, clip_norm=clip_norm, split=self._task.split)
+        return update(
+            loss,
+            self._optimizers,
+            self._groups,
+            clip_norm=clip_norm,
+            split=self._task.split,
+            first=self._first_piece,
+        )
 
     def _again_smaller(
         self, work: Callable[[], _T], *, put_back: Callable[[], None], make_room: Callable[[], bool]

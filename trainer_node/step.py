@@ -5,6 +5,7 @@ Shapes: G parameter groups. All results stay on the device: no synchronisation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,40 @@ class StepTensors:
     loss: Tensor  # () mean over micro-batches, nats
     gradient_norms_G: Tensor  # (G,) L2 before clipping
     clip_scale: Tensor  # () in (0, 1]
+    small_norm: Tensor | None = None  # () L2 of the gradient of a part of the batch; None: not measured
+    small_share: float = math.nan  # how large that part is, in (0, 1); NaN: not measured
+
+
+class FirstPiece:
+    """The gradient norm of the first piece of a step alone, for the noise scale (noise_scale.py).
+
+    Filled by make_gradients, read by update; may serve one step after another. A norm and not its square:
+    in float32 that overflows at 1.8e19.
+    """
+
+    def __init__(self, groups: Sequence[ParameterGroup]) -> None:
+        self._groups = groups
+        self.forget()
+
+    def forget(self) -> None:
+        self.norm: Tensor | None = None  # () L2 of its mean loss' gradient, of this rank; None: not measured
+        self.share = math.nan  # of the batch of this rank
+
+    def look(self, divisor: float) -> None:
+        """The gradients are now those of the first piece's loss over `divisor`, and of nothing else."""
+        self.norm = torch.linalg.vector_norm(gradient_norms(self._groups)) * divisor
+        self.share = 1.0 / divisor
+
+    def of_whole(self, split: Split) -> tuple[Tensor | None, float]:
+        """The norm and the share of the batch of all ranks that it stands for.
+
+        Replicas have not exchanged the first piece: each rank's is its own, a part that much smaller. Shards
+        are exchanged in each backward pass: theirs are parts of the gradient of all ranks' first pieces.
+        """
+        if self.norm is None or not split.is_sharded:
+            return self.norm, self.share / split.ranks.size
+        # Not in the exchange of the other norms: that could round them, and so the clipping, another way.
+        return split.shards.sum_(self.norm.square().view(1)).sqrt()[0], self.share
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
@@ -58,15 +93,16 @@ def train_step(
     clip_norm: float,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
     after_backward: Callable[[], None] | None = None,
+    first: FirstPiece | None = None,
 ) -> StepTensors:
     """One update from `batches` (the micro-batches of this step), each weighted equally.
 
     `after_backward` is called when the gradients are whole and not yet clipped.
     """
-    loss = make_gradients(model, loss_of, equally(batches), optimizers, context=context)
+    loss = make_gradients(model, loss_of, equally(batches), optimizers, context=context, first=first)
     if after_backward is not None:
         after_backward()
-    return update(loss, optimizers, groups, clip_norm=clip_norm)
+    return update(loss, optimizers, groups, clip_norm=clip_norm, first=first)
 
 
 def equally(batches: Sequence[object]) -> list[tuple[object, float]]:
@@ -81,13 +117,17 @@ def make_gradients(
     *,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
     split: Split = WHOLE,
+    first: FirstPiece | None = None,
 ) -> Tensor:
     """Gradients of the loss summed over (piece, divisor of its loss); returns that loss, () nats.
 
     Writes gradients only (and buffers that the model keeps of its forward passes): may be done again.
     The loss is that of this rank's pieces; its gradients are exchanged in the last backward pass.
+    `first` is filled where there are two pieces or more, and reads gradients only.
     """
     assert pieces, "a step needs at least one micro-batch"
+    if first is not None:
+        first.forget()
     model.train()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -98,6 +138,8 @@ def make_gradients(
             with context():
                 loss = loss_of(piece) / divisor
             loss.backward()
+        if first is not None and number == 1 < len(pieces):
+            first.look(divisor)
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
     return total
@@ -110,9 +152,11 @@ def update(
     *,
     clip_norm: float,
     split: Split = WHOLE,
+    first: FirstPiece | None = None,
 ) -> StepTensors:
     """Clip the gradients and take the step."""
     loss, norms_G = split.whole(loss, gradient_norms(groups))
+    small_norm, small_share = first.of_whole(split) if first is not None else (None, math.nan)
     scale = torch.ones((), device=norms_G.device)
     if clip_norm > 0:
         # As torch.nn.utils.clip_grad_norm_, but from the norms at hand and without a host decision.
@@ -120,7 +164,7 @@ def update(
         torch._foreach_mul_([g for group in groups for g in _gradients(group)], scale)
     for optimizer in optimizers:
         optimizer.step()
-    return StepTensors(loss=loss.float(), gradient_norms_G=norms_G, clip_scale=scale)
+    return StepTensors(loss.float(), norms_G, scale, small_norm, small_share)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def build_summary(
     """
     ledger, wall = loop.ledger, loop.ledger.wall_seconds
     seconds_total = ledger.total_seconds
-    executed_steps = loop.progress.step + ledger.lost_steps
+    executed_steps = loop.progress.clock + ledger.lost_steps  # nominal, those that were undone nearly so
     seconds_in_steps = wall[purposes.STEPS]
     virtual_steps = ledger.virtual_steps
     cosines = ledger.cosines

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.control_rules import any_on
 from common.settings import TrainerSettings
 from trainer_node.corpus import collect
 from trainer_node.data import Batch, HeldOutText, ImageBatches, TextBatches, TrainBatches, place
@@ -28,6 +29,7 @@ from trainer_node.synthetic import RegressionBatches, held_out_regression
 from trainer_node.tokens import prepare_tokens
 
 DIGITS_SPLIT_SEED = 0  # the held-out digits are the same in every run
+SHAPES = 64  # for which a model is compiled at most; beyond that torch runs it as it is. Its default is 8
 DIGITS_FILE = "datasets/data/digits.csv.gz"  # inside scikit-learn
 
 
@@ -177,5 +179,11 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 def _compiled(model: nn.Module, settings: TrainerSettings, device: torch.device) -> nn.Module:
     if settings.compile and device.type == "cuda":
-        model.compile()  # in place: the parameters keep their names
+        # Batches of other shapes, which controls may bring, get kernels of their own. By default torch makes
+        # one for any shape at the second and takes that for the first shape too, from then on (2.13): other
+        # digits after a trial that was set back, and slower.
+        has_controls = any_on(settings.controls)
+        if has_controls:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+        model.compile(dynamic=False if has_controls else None)  # in place: the parameters keep their names
     return model

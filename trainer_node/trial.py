@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from common.messages import Outcome, PhaseDecision, Verdict
+from common.control_rules import NEUTRAL
+from common.messages import Controls, Outcome, PhaseDecision, Verdict
 from common.settings import TrainerSettings, VerifySettings
 from trainer_node.basis import Basis
 from trainer_node.delta import (
@@ -109,6 +110,10 @@ class Before:
     waiting_seconds: float
     full_step_seconds: float
     guard: GuardRecord = field(default_factory=GuardRecord)  # learns from every jump
+    controls: Controls = NEUTRAL  # in force
+    clock: float | None = None  # nominal steps kept (progress.py); None: as many as real ones
+    batch_factor: float = 1.0  # of the steps on probation: each is so many nominal ones
+    batch_change: float = 1.0  # the same, over that of a step before it
 
 
 @dataclass
@@ -123,11 +128,14 @@ class Jump:
     step_seconds: list[float] = field(default_factory=list)  # of the probation's steps so far
     step_passes: float = 0.0  # the same in forward-equivalents
     losses: list[float] = field(default_factory=list)  # of the probation's training batches
+    batch_factor: float = 1.0  # of the probation's steps
+    controls_before: Controls = NEUTRAL  # in force before the proposal
 
     @property
     def is_to_be_corrected(self) -> bool:
         """In the step that comes now."""
-        return bool(self.snapshot and self.decision.correction_share > 0.0 and not self.step_seconds)
+        is_wanted = self.decision.correction_share > 0.0 and self.decision.horizon_steps > 0
+        return bool(self.snapshot and is_wanted and not self.step_seconds)
 
 
 def blank_outcome(

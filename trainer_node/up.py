@@ -15,9 +15,9 @@ from pathlib import Path
 
 import click
 
+from common.control_checks import plan_words
 from common.embedded import start_server
 from common.settings import RunSettings
-from common.trying import why_never
 from trainer_node import run_folder
 from trainer_node.children import POLL_SECONDS, Nodes
 from trainer_node.run_folder import RunFolder
@@ -39,8 +39,8 @@ def start_run(settings: RunSettings, *, run_id: str, runs_dir: Path) -> int:
     run = run_folder.create(runs_dir, run_id, settings)
     click.echo(f"task   {task.description}", err=True)
     click.echo(f"memory {plan}", err=True)
-    if why := why_never(settings):
-        click.echo(f"plan   plain training, observed: {why}", err=True)
+    if words := plan_words(settings):
+        click.echo(f"plan   {words}", err=True)
     del task
     return _run_nodes(run, settings)
 

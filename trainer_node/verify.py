@@ -38,14 +38,14 @@ class NoJumpForecast:
 class GuardRecord:
     """How guard losses changed over steps without a jump. Knowledge: no restore sets it back."""
 
-    changes: list[tuple[int, float]] = field(default_factory=list)  # real steps, nats; newest last
-    step: int = -1  # of the newest guard loss of weights that are still in place; -1 = none
+    changes: list[tuple[float, float]] = field(default_factory=list)  # nominal steps, nats; newest last
+    step: float = -1  # nominal, of the newest guard loss of weights that are still in place; -1 = none
     loss: float = math.nan
 
     def copy(self) -> GuardRecord:
         return replace(self, changes=list(self.changes))
 
-    def observe(self, step: int, loss: float, *, longest_steps: int) -> None:
+    def observe(self, step: float, loss: float, *, longest_steps: float) -> None:
         """A guard loss before a jump: since the last one only real steps were taken.
 
         Over more than `longest_steps` the curve bends more than it shakes, so nothing is learned.
@@ -55,7 +55,7 @@ class GuardRecord:
             self.changes = [*self.changes[1 - CHANGES_KEPT :], (taken_steps, loss - self.loss)]
         self.move_to(step, loss)
 
-    def move_to(self, step: int, loss: float) -> None:
+    def move_to(self, step: float, loss: float) -> None:
         """A guard loss that is no sample of ordinary steps: after a kept jump."""
         self.step, self.loss = step, loss
 
@@ -75,7 +75,7 @@ class GuardRecord:
         return slope, spread / math.sqrt(weight), spread
 
 
-def line_forecast(losses: Sequence[float], *, horizon_steps: int) -> NoJumpForecast:
+def line_forecast(losses: Sequence[float], *, horizon_steps: float) -> NoJumpForecast:
     """Line through the losses of successive real steps, read `horizon_steps` beyond the last one.
 
     With fewer than MIN_FIT_POINTS finite losses the change is 0 and the spread infinite: everything
@@ -94,9 +94,16 @@ def line_forecast(losses: Sequence[float], *, horizon_steps: int) -> NoJumpForec
 
 
 def forecast_without_jump(
-    losses: Sequence[float], *, horizon_steps: int, guard: GuardRecord, loss_noise: float
+    losses: Sequence[float],
+    *,
+    horizon_steps: float,
+    guard: GuardRecord,
+    loss_noise: float,
+    guard_horizon_steps: float | None = None,
 ) -> NoJumpForecast:
-    """How the guard loss would change over `horizon_steps` real steps.
+    """How the guard loss would change over `horizon_steps` steps as those of `losses`.
+
+    These are `guard_horizon_steps` in the steps of the guard's record; None: as many.
 
     Two windows of training losses say little of the trend (over 16 steps of a small GPT the line was off
     by 0.12 nats where no trend at all was off by 0.08), so the changes of the guard loss itself are joined to
@@ -107,9 +114,8 @@ def forecast_without_jump(
     if not math.isfinite(line.spread):
         return line
     slope, slope_deviation, guard_spread = guard.trend(loss_noise)
-    change, deviation = _joined(
-        line.change, line.spread, slope * horizon_steps, slope_deviation * horizon_steps
-    )
+    guard_steps = horizon_steps if guard_horizon_steps is None else guard_horizon_steps
+    change, deviation = _joined(line.change, line.spread, slope * guard_steps, slope_deviation * guard_steps)
     ratio = deviation / abs(change) if change else math.inf
     share = max(0.0, 1.0 - (2.0 * ratio) ** 2)
     return NoJumpForecast(

@@ -27,7 +27,7 @@ import enum
 import math
 from dataclasses import dataclass
 
-SCHEMA = 3
+SCHEMA = 4
 DIRECTIONS = ("momentum", "drift", "slow_drift", "pull_back")
 
 
@@ -117,11 +117,17 @@ class Forecast:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Controls:
-    """Levers besides the delta. The neutral values change nothing."""
+    """Levers besides the delta, each as it shall stand. The neutral values change nothing.
+
+    What each one does and how far it may go: common/control_rules.py.
+    """
 
     rate_factor: float = 1.0  # times the scheduled learning rate
-    batch_factor: float = 1.0  # times the configured batch
+    batch_factor: float = 1.0  # times the configured batch: a power of two
     context_tokens: int = 0  # 0 = as configured
+    decay_start: int = 0  # nominal step at which the tail of the rate begins; 0 = as configured
+    decay_steps: int = 0  # nominal length of that tail, at whose end the run ends; 0 = as configured
+    read_out: str = ""  # "weights" or "average"; "" = as configured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +138,7 @@ class PhaseDecision:
     num_groups: int
     num_directions: int
     coefficients: tuple[float, ...]  # (G*K) row-major; empty when resting
-    controls: Controls
+    controls: Controls | None  # None = as they stand; others need a probation, as a delta does
     forecast: Forecast | None  # None while there is too little history
     base_generation: int  # of the trainer
     base_step: int

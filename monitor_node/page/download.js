@@ -16,6 +16,14 @@ const tables = {
     ["base_step", "horizon_steps", "verdict", "forecast_loss", "outcome_loss", "why"],
     curve("proposals"),
   ],
+  controls: () => [
+    ["line", "step", "rate_factor", "batch_factor", "context_tokens", "noise_scale_over_batch"],
+    [
+      ...curve("controls").map((row) => ["controls", ...row, null]),
+      ...curve("noise_scale").map(([step, noise]) => ["noise_scale", step, null, null, null, noise]),
+    ],
+  ],
+  trials: () => [["base_step", "change", "verdict", "why"], curve("control_trials")],
   pace: () => [["step", "progress_per_second", "plain_progress_per_second"], curve("pace")],
   memory: () => [
     ["unix_seconds", "used_bytes", ...holders()],

@@ -2,6 +2,7 @@
 import { drawActions, listenForActions } from "./actions.js";
 import { canShow } from "./axis.js";
 import { addChart, drawNow, drawSoon, startCharts } from "./charts.js";
+import { describeControls } from "./controls_chart.js";
 import { button, byId } from "./dom.js";
 import { save } from "./download.js";
 import { follow, state } from "./feed.js";
@@ -18,6 +19,7 @@ import { whole } from "./words.js";
 const NEEDS = {
   "loss-chart": ["train", "held_out", "forecast", "jumps", "marks", "proposals"],
   "timeline-chart": ["phases", "proposals", "train"],
+  "controls-chart": ["controls", "control_trials", "noise_scale", "train"],
   "pace-chart": ["pace", "train"],
   "memory-chart": ["memory", "holders", "holder_names", "order_marks"],
 };
@@ -84,6 +86,7 @@ function listenForControls() {
 
 addChart("loss-chart", describeLoss);
 addChart("timeline-chart", describeTimeline);
+addChart("controls-chart", describeControls);
 addChart("pace-chart", describePace);
 addChart("memory-chart", describeMemory);
 listenForControls();

@@ -1,4 +1,5 @@
 // The words of the page: each section of the snapshot as text. They are painted before any chart.
+import { drawControls } from "./controls_words.js";
 import { byId, element, fillList, fillTable, row, tile } from "./dom.js";
 import { state } from "./feed.js";
 import { drawMemory, drawOrders } from "./memory_words.js";
@@ -91,7 +92,7 @@ function drawAlerts() {
 }
 
 function savedWords(share) {
-  if (!isKnown(share)) return "not known yet";
+  if (!isKnown(share)) return isKnown(state.pace?.progress_per_second) ? "controls were changed" : "not known yet";
   return share >= 0 ? `saves ${percent(share)}` : `costs ${percent(-share)}`;
 }
 
@@ -101,7 +102,7 @@ function drawPace() {
   const known = isKnown(pace.progress_per_second);
   const against = isKnown(pace.plain_progress_per_second) ? ` against ${rate(pace.plain_progress_per_second)} of plain training` : "";
   byId("pace-words").textContent = known
-    ? `${rate(pace.progress_per_second)} steps of progress a second${against}: prediction ${savedWords(pace.saved_share)}.`
+    ? `${rate(pace.progress_per_second)} steps of progress a second${against}${isKnown(pace.saved_share) ? `: prediction ${savedWords(pace.saved_share)}` : ""}.`
     : "Not known yet.";
   byId("pace-because").textContent = pace.because || "";
 }
@@ -128,7 +129,7 @@ function drawTiles() {
       isKnown(memory.used_bytes) ? "of " + bytes(memory.total_bytes) : memory.unknown_reason || ""),
   );
   const rest = ["vetoed", "failed", "stale", "missing", "malformed", "used", "rest"].map((name) => `${name} ${counters[name]}`);
-  byId("counters").textContent = `${counters.proposals} proposals; decision points without a jump: ${rest.join(", ")}`;
+  byId("counters").textContent = `${counters.proposals} proposals${state.controls ? " of jumps and controls" : ""}; decision points without a jump: ${rest.join(", ")}`;
 }
 
 const NOTHING_SHARE = 0.005; // as in verdict.py: neither good nor bad
@@ -146,6 +147,8 @@ const TILES_NEED = ["progress", "counters", "memory", "checkpoint", "pace"];
 const drawn = {
   run: () => drawRun(state.run),
   proposals: () => drawProposals(state.proposals),
+  controls: () => drawControls(state.controls),
+  control_trials: () => drawControls(state.controls),
   nodes: () => drawNodes(state.nodes),
   memory: () => drawMemory(state.memory),
   orders: () => drawOrders(state.orders),
@@ -167,5 +170,6 @@ const drawn = {
 export function drawWords(changed) {
   const isSaid = (name) => (state[name] ?? state.series[name]) !== undefined;
   new Set([...changed].filter(isSaid).map((name) => drawn[name])).forEach((job) => job?.());
+  if (!state.controls) drawControls(null);
   if (TILES_NEED.some((name) => changed.has(name))) drawTiles();
 }

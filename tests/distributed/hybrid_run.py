@@ -77,6 +77,34 @@ class Script:
         return decision
 
 
+CONTROLS = (
+    "trainer.controls.rate=true",
+    "trainer.controls.batch=true",
+    "trainer.verify.tolerance=100.0",  # both sizes of batch are to be trained with
+    "trainer.batch.accumulation=2",
+    "trainer.batch.sequences=16",
+    "trainer.steps=100",
+)
+
+
+def change_controls(observation: Observation) -> PhaseDecision | None:
+    """A larger batch, back, a half of it, another rate: each by the step at which it is due.
+
+    The tolerance keeps batches; a rate has to prove itself (control_rules.tolerance_of).
+    """
+    wanted = {
+        24: Controls(batch_factor=2.0),
+        40: Controls(batch_factor=1.0),
+        56: Controls(batch_factor=0.5),
+        72: Controls(batch_factor=0.5, rate_factor=0.5),
+    }.get(observation.step)
+    if wanted is None or observation.attempt > 1:
+        return None
+    decision = Script()(observation)
+    assert decision is not None
+    return replace(decision, horizon_steps=0, coefficients=(), controls=wanted)
+
+
 def hybrid_loop(settings: RunSettings, ranks: Ranks, links: ScriptedLinks | None = None) -> Loop:
     """`links` are those of rank 0; default: the script."""
     links = links or ScriptedLinks(answer=Script())
@@ -116,8 +144,8 @@ def relative_distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> floa
     return (square / sum(float(t.double().square().sum()) for t in right.values())) ** 0.5
 
 
-def take(settings: RunSettings, ranks: Ranks) -> Loop:
+def take(settings: RunSettings, ranks: Ranks, links: ScriptedLinks | None = None) -> Loop:
     torch.set_num_threads(1)
-    loop = hybrid_loop(settings, ranks)
+    loop = hybrid_loop(settings, ranks, links)
     loop.run()
     return loop

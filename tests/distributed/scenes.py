@@ -12,10 +12,22 @@ from safetensors.torch import save_file
 
 from common import sealed_folder
 from common.messages import Observation
-from tests.distributed.hybrid_run import hybrid_settings, take, verdicts, whole_weights
+from tests.distributed.hybrid_run import (
+    CONTROLS,
+    change_controls,
+    hybrid_settings,
+    take,
+    verdicts,
+    whole_weights,
+)
+from tests.trainer.tiny import ScriptedLinks
+from trainer_node.assembly import prepare_task
+from trainer_node.groups import parameter_groups
 from trainer_node.node import TrainerJob, run_trainer
+from trainer_node.parallel import on_ranks
 from trainer_node.ranks import Ranks
 from trainer_node.run_folder import RunFolder
+from trainer_node.step import FirstPiece, equally, make_gradients
 
 KINDS = {
     "ddp": ("trainer.parallel.kind=ddp",),
@@ -47,6 +59,34 @@ def all_kinds(ranks: Ranks, folder: str, kinds: tuple[str, ...]) -> None:
             losses = [m.features[0] for m in loop.said if isinstance(m, Observation)]
             told = {"verdicts": verdicts(loop), "points_of_rank": of_ranks, "losses": losses}
             (Path(folder) / f"{kind}.json").write_text(json.dumps(told))
+    for kind in ("ddp", "fsdp"):
+        with_controls(kind, ranks, folder)
+    of_kinds = {kind: first_piece(kind, ranks) for kind in ("ddp", "fsdp")}
+    if ranks.rank == 0:
+        (Path(folder) / "first_pieces.json").write_text(json.dumps(of_kinds))
+
+
+def with_controls(kind: str, ranks: Ranks, folder: str) -> None:
+    """A run whose batch and rate are changed on the way."""
+    settings = hybrid_settings(*KINDS[kind], *CONTROLS)
+    loop = take(settings, ranks, ScriptedLinks(answer=change_controls))
+    weights = whole_weights(loop)
+    of_ranks = [content.decode() for content in ranks.gather(repr(loop.progress.controls).encode())]
+    if ranks.rank == 0:
+        save_file(weights, Path(folder) / f"controls.{kind}.safetensors")
+        told = {"verdicts": verdicts(loop), "controls": of_ranks, "step": loop.progress.step}
+        (Path(folder) / f"controls.{kind}.json").write_text(json.dumps(told))
+
+
+def first_piece(kind: str, ranks: Ranks) -> list[tuple[float, float]]:
+    """(norm, share) of each rank: of the first of two micro-batches, before anything was learned."""
+    settings = hybrid_settings(*KINDS[kind]).trainer
+    task = on_ranks(prepare_task(settings), settings, ranks)
+    first = FirstPiece(parameter_groups(task.model))
+    batches = [task.train.batch(0), task.train.batch(1)]
+    make_gradients(task.model, task.loss, equally(batches), [], split=task.split, first=first)
+    norm, share = first.of_whole(task.split)
+    return [tuple(json.loads(content)) for content in ranks.gather(json.dumps([float(norm), share]).encode())]
 
 
 RUN = (

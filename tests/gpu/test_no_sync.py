@@ -71,6 +71,17 @@ def test_an_ordinary_step_of_the_trainer_waits_for_nothing(
     assert running.loop.progress.step == 60
 
 
+def test_measuring_the_first_of_several_micro_batches_waits_for_nothing() -> None:
+    more = ("trainer.decision_mode=live", "trainer.controls.batch=true", "trainer.batch.accumulation=2")
+    running = Scene(gpt_settings(*LONG_WINDOW, *more), is_counted=False, device=CUDA)
+    running.loop._housekeeping = lambda _: watch(8 <= running.loop.progress.step < 38)
+    try:
+        running.loop.run()
+    finally:
+        watch(False)
+    assert running.loop.progress.features.noise.steps > 0
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["step", "probe"])
 def test_an_ordinary_step_of_a_loop_of_ones_own_waits_for_nothing(own: bool, tmp_path: Path) -> None:
     model, _ = job()

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import messages as m
-from monitor_node.curves import MAX_HOLDERS, STACKING, HolderStack, RunCurves, proposal_mark
+from monitor_node.curves import MAX_HOLDERS, STACKING, HolderStack, RunCurves
 from monitor_node.order_log import OrderLog
+from monitor_node.proposal_book import ProposalBook, proposal_mark, said_by
 from monitor_node.series import append_bounded
 from tests.monitor import fake_run as fake
 
@@ -84,7 +85,7 @@ def test_steps_that_were_not_seen_are_counted_and_an_unknown_size_changes_nothin
 
 
 def test_a_proposal_shows_both_losses_and_says_why() -> None:
-    kept = proposal_mark(fake.outcome(16, V.ACCEPTED), fake.decision(16, 10, reason="line fit"))
+    kept = proposal_mark(fake.outcome(16, V.ACCEPTED), said_by(fake.decision(16, 10, reason="line fit")))
     assert kept[:5] == (16, 10, "accepted", pytest.approx(1.99), pytest.approx(1.97))
     assert "1.97 with it, 1.99 without" in kept[5]
     assert "line fit" in kept[5]
@@ -99,9 +100,10 @@ def test_every_verdict_has_its_words(verdict: V) -> None:
 
 
 def test_a_rest_is_no_proposal() -> None:
-    curves = RunCurves()
-    curves.settled(fake.outcome(16, V.REST, 0), None)
-    assert curves.proposals == []
+    curves, book = RunCurves(), ProposalBook()
+    curves.settled(fake.outcome(16, V.REST, 0))
+    book.settled(fake.outcome(16, V.REST, 0), 1.0)
+    assert book.marks == book.rows == []
     assert curves.jumps == []
 
 

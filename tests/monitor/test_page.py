@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from common import messages as m
+from monitor_node.run_reader import new_view
+from monitor_node.run_view import RunView
 from monitor_node.snapshot import as_dict
 from tests.monitor import fake_run as fake
 from tests.monitor.browser import Browser
+from tests.monitor.fake_controls import fake_controls
 from tests.monitor.fake_snapshot import fake_snapshot
 from tests.monitor.shown_page import Shown, is_drawn, opened_browser, text_of, wait_for_charts
 
@@ -37,12 +40,13 @@ def test_the_page_shows_the_run_and_follows_it_live(browser: Browser, shown: Sho
     browser.wait_until(f"{text_of('run-id')} === 'demo-run'")
     assert browser.evaluate("document.title") == "demo-run · running"
     browser.wait_until(f"{text_of('tiles')}.includes('{shown.view.loss:.4f}')")
-    assert browser.evaluate("document.querySelectorAll('#proposals tr').length") == len(shown.view.outcomes)
+    assert browser.evaluate("document.querySelectorAll('#proposals tr').length") == len(shown.view.jumps.rows)
     assert "trainer" in browser.evaluate(text_of("nodes"))
     browser.wait_until(is_drawn("loss-chart"), deadline_seconds=90.0)
     shown.tell(fake.observation(shown.view.step + 1, 1.2345))
     browser.wait_until(f"{text_of('tiles')}.includes('1.2345')")
     browser.wait_until("document.getElementById('loss-chart').data[0].y.at(-1) === 1.2345")
+    assert browser.evaluate("document.getElementById('controls-panel').checkVisibility()") is False
     assert browser.complaints == []
 
 
@@ -115,6 +119,13 @@ def everywhere(value: Any, text: str) -> Any:
     return text if isinstance(value, str) else value
 
 
+def view_of_controls() -> RunView:
+    view = new_view("demo-run")
+    for _, message, at_seconds in fake_controls():
+        view.fold(message, sent_unix_seconds=at_seconds, at_seconds=at_seconds)
+    return view
+
+
 def test_what_a_run_says_is_shown_as_text_and_never_run(browser: Browser, shown: Shown) -> None:
     snapshot = fake_snapshot()
     hostile = everywhere({name: part for name, part in snapshot.items() if name != "series"}, ATTACK)
@@ -122,19 +133,27 @@ def test_what_a_run_says_is_shown_as_text_and_never_run(browser: Browser, shown:
         "proposals": [[*row[:5], ATTACK] for row in snapshot["series"]["proposals"]],
         "order_marks": [[at, ATTACK, answer] for at, _, answer in snapshot["series"]["order_marks"]],
     }
+    with_controls = as_dict(view_of_controls(), now_seconds=0.0)
+    series |= {name: with_controls["series"][name] for name in ("controls", "noise_scale")}
+    trials = with_controls["series"]["control_trials"]
+    series["control_trials"] = [[step, ATTACK, verdict, ATTACK] for step, _, verdict, _ in trials]
+    hostile["controls"] = everywhere(with_controls["controls"], ATTACK)
     shown.feed.publish(hostile | {"series": series})
     shown.open_in(browser)
     wait_for_charts(browser)
+    browser.wait_until(is_drawn("controls-chart"), deadline_seconds=90.0)
     shown_as_text = (
         "run-id words alerts orders proposals checkpoints streams settings commit diff versions holders"
+        " controls-words control-trials"
     )
     for name in shown_as_text.split():
         assert ATTACK in browser.evaluate(f"document.getElementById('{name}').textContent"), name
-    chart = browser.evaluate(
-        "document.getElementById('timeline-chart')._fullData.map((t) => t.hovertext || '').join()"
-    )
-    assert "&lt;script&gt;" in chart
-    assert "<script" not in chart
+    for name in ("timeline-chart", "controls-chart"):
+        chart = browser.evaluate(
+            f"document.getElementById('{name}')._fullData.map((t) => t.hovertext || '').join()"
+        )
+        assert "&lt;script&gt;" in chart
+        assert "<script" not in chart
     assert browser.evaluate("document.querySelectorAll('main script, header script, img').length") == 0
     assert browser.evaluate("document.title").startswith("<script>")
     assert browser.complaints == []

@@ -16,6 +16,7 @@ from predictor_node.bandit import REST
 from predictor_node.learned import LearnedPolicy
 from predictor_node.models import MIN_UPDATES
 from predictor_node.node import Predictor
+from predictor_node.policies import policy_for
 from predictor_node.policy import LAST_WINDOW_FACTOR
 from predictor_node.state import MemoryStore, facts_of, files_of
 from predictor_node.tempers import TEMPERS
@@ -237,16 +238,11 @@ def test_a_warm_run_knows_the_arms_of_the_former_one_but_not_where_it_stood(tmp_
     assert newest.learned.policy is not None
     write_warm_start(tmp_path / "state.hps", newest.learned.policy)
     settings = small_settings(LEARNED, BOLD, f'predictor.state="{tmp_path / "state.hps"}"')
-    warm = LearnedPolicy(settings, facts_of(started(settings)))
+    warm = policy_for(settings, facts_of(started(settings)))
+    assert isinstance(warm, LearnedPolicy)
     tried = sum(count for arm, count in warm.experience.bandit.pulls.items() if arm != REST)
     assert tried == len([d for d in line.decisions if d.horizon_steps])
     assert warm.experience.budget.spent_passes == 0.0
-
-
-def test_a_missing_state_file_is_one_line_that_names_the_cure(tmp_path: Path) -> None:
-    settings = small_settings(LEARNED, f'predictor.state="{tmp_path / "none.hps"}"')
-    with pytest.raises(CheckpointError, match="predictor-node fit"):
-        LearnedPolicy(settings, facts_of(started(settings)))
 
 
 def test_a_state_of_another_policy_is_refused() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from common.errors import CheckpointError
-from common.messages import DIRECTIONS, Controls, DecisionPoint, Phase
+from common.messages import DIRECTIONS, DecisionPoint, Phase
 from common.settings import RunSettings
 from predictor_node.fixed_policy import FixedPolicy
 from predictor_node.history import History
@@ -52,7 +52,7 @@ def reason_at(settings: RunSettings, decision_input: DecisionInput) -> str:
     """Why it rests; "" for a proposal. A rest must be neutral in every field."""
     policy = FixedPolicy(settings)
     decision = policy.decide(decision_input)
-    assert decision.controls == Controls()
+    assert decision.controls is None
     if decision.phase is Phase.PREDICT:
         assert decision.horizon_steps > 0
         return ""

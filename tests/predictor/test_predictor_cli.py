@@ -19,7 +19,9 @@ from common.recording_writer import RecordingWriter
 from common.streams import PREDICTOR, notes_of
 from predictor_node import cli
 from tests.predictor.bus_trainer import BusTrainer
+from tests.predictor.controlled_run import World
 from tests.predictor.scripted import RUN_ID, ScriptedTrainer, small_settings
+from tests.predictor.test_pilot import entries_of, fly
 from tests.predictor.test_replay import ENTRIES, HISTORY_ENTRIES, WHOLE, with_decision
 from tests.predictor.test_serve import EXPECTED, bodies_on
 
@@ -82,6 +84,15 @@ def test_replay_prints_one_line_per_decision_and_totals(run: Run, tmp_path: Path
     proposals = [decision for decision in WHOLE.decisions if decision.horizon_steps]
     virtual_steps = sum(decision.horizon_steps for decision in proposals)
     assert f"{len(proposals)} proposals over {virtual_steps} virtual steps" in out
+
+
+def test_replay_counts_a_trial_of_controls_among_the_proposals(run: Run, tmp_path: Path) -> None:
+    flight = fly("trainer.controls.rate=true", world=World(best_rate=1 / 8), until_step=100)
+    assert flight.arms
+    code, out, _ = run("replay", recording_of(tmp_path / "r.hpt", entries_of(flight.log), sealed=False))
+    rests = len(flight.log.decisions) - len(flight.arms)
+    assert code == 0
+    assert f"{len(flight.arms)} proposals over 0 virtual steps, {rests} rests" in out
 
 
 def test_planted_difference_is_told_field_by_field_and_exits_1(run: Run, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from common.config import load_settings
 from common.errors import CheckpointError
 from common.messages import DIRECTIONS
 from common.settings import RunSettings
+from predictor_node.fixed_policy import FixedPolicy
 from predictor_node.learned import LearnedPolicy
 from predictor_node.policies import policy_for
 from predictor_node.policy import PolicyState
@@ -53,6 +54,18 @@ def test_its_state_is_its_own() -> None:
     policy.load(policy.state())
     with pytest.raises(CheckpointError, match="resting policy"):
         policy.load(PolicyState(values={"proposals": 1}))
+
+
+@pytest.mark.parametrize("policy", ["fixed", "learned"])
+def test_a_run_whose_controls_are_turned_off_at_a_resume_goes_on_without_its_pilot(policy: str) -> None:
+    chosen = f'predictor.policy="{policy}"'
+    piloted = policy_for(settings(chosen, "trainer.controls.rate=true", "trainer.steps=5000"), FACTS)
+    assert "pilot" in piloted.state().values
+    alone = policy_for(settings(chosen, "trainer.steps=5000"), FACTS, piloted.state())
+    assert "pilot" not in alone.state().values
+    with pytest.raises(CheckpointError) as caught:
+        FixedPolicy(settings()).load(PolicyState(values={"else": "x" * 9000}))
+    assert len(str(caught.value)) < 200
 
 
 def test_it_needs_no_torch() -> None:

@@ -13,6 +13,7 @@ from common.schedule import rate_factor
 from tests.trainer.small_job import DRIFT, small_job
 from trainer_node.race.arms import ARMS, KNOB, arm_named, knobs_of, run_settings
 from trainer_node.race.optimizers import METHODS
+from trainer_node.race.rules import RULES
 
 BASE = load_settings(preset="race-digits")
 KNOWN = {key for key, _, _ in setting_rows()}
@@ -23,7 +24,10 @@ def test_every_arm_names_settings_knobs_method_and_inner_arm_that_exist(arm) -> 
     knobs = {key for key, _ in arm.knobs}
     assert set(arm.tuned) <= KNOWN | knobs
     assert all(key.startswith(KNOB) for key in knobs)
-    assert arm.tuned, "an arm with nothing to tune cannot get its share of trials"
+    raced_untuned = [name for rule in RULES.values() for name in rule.arms if not rule.tunes]
+    is_choice_of_another = bool(ARMS[arm.wraps].tuned) if arm.wraps else False
+    assert arm.tuned or arm.name in raced_untuned or is_choice_of_another, "it has no share of the trials"
+    assert {key for key, _ in arm.off_by} <= set(ARMS[arm.wraps].tuned) if arm.off_by else True
     assert arm.method in METHODS
     assert "\n" not in arm.meaning
     if arm.wraps:
@@ -83,7 +87,8 @@ def test_data_and_predictor_state_reach_the_run() -> None:
     ("call", "hint"),
     [
         (lambda: arm_named("shnoo"), "did you mean snoo"),
-        (lambda: arm_named("zzz"), "adamw-constant"),
+        (lambda: arm_named("zzz"), "race --list"),
+        (lambda: arm_named("ours-hand-free"), "did you mean ours-hands-free"),
         (lambda: knobs_of(ARMS["snoo"], (("arm.push_steps", 1.0),)), "arm.outer_rate"),
         (lambda: run_settings(ARMS["ours"], BASE, (("trainer.rates", 1),), steps=9, seed=0), "trainer.rates"),
     ],

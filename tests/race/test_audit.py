@@ -146,6 +146,31 @@ def test_the_twin_takes_the_steps_that_the_run_then_takes() -> None:
         assert here.road(nothing, [0])[0].held_out == seen["held_out"]
 
 
+@pytest.mark.parametrize("factor", [0.5, 4.0])
+def test_under_controls_the_twin_takes_the_steps_that_the_run_then_takes_up_to_its_end(factor: float) -> None:
+    seen: dict[str, object] = {}
+
+    class Looker(ScriptedLinks):
+        loop: Loop
+
+        def wait_decision(self, *, step: int, attempt: int, seconds: float | None) -> None:
+            if not seen:
+                self.loop.progress.controls = Controls(rate_factor=0.5, batch_factor=factor)
+                with Crossroads(self.loop) as here:
+                    last = here.steps_left
+                    seen["steps"] = step + last
+                    seen["weights"] = here.road(nothing, [0, last])[last].weights_Gm
+
+    links = Looker()
+    loop = links.loop = tiny_loop(
+        links, tiny_settings("trainer.controls.rate=true", "trainer.controls.batch=true")
+    )
+    loop.run()
+    assert loop.progress.step == seen["steps"] != 60
+    assert loop.basis is not None
+    assert torch.equal(loop.basis.sampled(loop.basis.parameters), seen["weights"])  # type: ignore[arg-type]
+
+
 def test_a_road_does_not_depend_on_the_roads_taken_before_it() -> None:
     """Rates too are put back: a step along the momentum is one at the present rate."""
     found: list[float] = []

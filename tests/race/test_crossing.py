@@ -167,3 +167,24 @@ def test_what_prediction_costs_is_in_the_quality_at_equal_passes() -> None:
         read_mid_run=READ_MID_RUN,
     ).arms
     assert ours.final_quality_equal_passes_median > ours.final_quality_median
+
+
+def test_equal_passes_are_those_of_the_task_s_own_micro_batches() -> None:
+    """With four of them a step costs four times as much in every arm: losses at equal cost stay the same."""
+
+    def four_times(result: RunResult) -> RunResult:
+        curve = tuple(dataclasses.replace(point, passes=4 * point.passes) for point in result.curve)
+        return dataclasses.replace(result, curve=curve)
+
+    arms = ("adamw-decay", "ours")
+    race, results = record(arms, reference_arm="adamw-decay"), race_results(arms)
+    one = race_figures(race, results, read_mid_run=READ_MID_RUN)
+    four = race_figures(race, map(four_times, results), read_mid_run=READ_MID_RUN)
+    for name in arms:
+        before, after = one.arm(name), four.arm(name)
+        assert before is not None
+        assert after is not None
+        assert not math.isnan(before.final_quality_equal_passes_median)
+        assert after.final_quality_equal_passes_median == pytest.approx(
+            before.final_quality_equal_passes_median
+        )

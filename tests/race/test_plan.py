@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections import Counter
@@ -16,7 +17,7 @@ from trainer_node.race.arms import ARMS
 from trainer_node.race.crossing_search import Found, Missed
 from trainer_node.race.plan import TUNING_SEED, RacePlan, chosen_arms
 from trainer_node.race.run_result import RunKey, RunResult
-from trainer_node.race.space import RANGES, Around, Between, OneOf, trial_config
+from trainer_node.race.space import RANGES, Around, Between, OneOf, PowersOfTwo, trial_config
 from trainer_node.race.waves import Standing
 
 ARM_CHOICE = ("adamw-constant", "adamw-decay", "ours-fixed", "ours")
@@ -71,7 +72,8 @@ def test_a_plain_arm_gets_the_trials_that_a_wrapping_one_spends_on_its_own_setti
     plan = make_plan(tuple(ARMS))
     spent = Counter(key.arm for key in run_all(plan)[0] if key.seed == TUNING_SEED)
     for name, arm in ARMS.items():
-        assert spent[name] == plan.trials * (1 if arm.wraps else plan.levels), name
+        due = plan.trials * (1 if arm.wraps else plan.levels) if arm.tuned else 0
+        assert spent[name] == due, name
 
 
 def test_a_wrapping_arm_differs_from_the_plain_one_only_in_its_own_settings() -> None:
@@ -218,7 +220,10 @@ def test_a_race_without_a_plain_arm_is_given_one() -> None:
 def test_trials_lie_in_the_space_and_trial_0_is_the_preset(name: str) -> None:
     arm = ARMS[name]
     first = dict(trial_config(arm, BASE, 0))
-    assert set(first) == set(arm.tuned)
+    assert set(first) == {*arm.tuned, *(key for key, _ in arm.off_by)}
+    if not arm.tuned:
+        assert {trial_config(arm, BASE, trial) for trial in range(8)} == {trial_config(arm, BASE, 0)}
+        return
     assert first.get("trainer.optimizer.rate", BASE.trainer.optimizer.rate) == BASE.trainer.optimizer.rate
     assert len({trial_config(arm, BASE, trial) for trial in range(8)}) >= 3
     for trial in range(1, 9):
@@ -235,4 +240,7 @@ def test_trials_lie_in_the_space_and_trial_0_is_the_preset(name: str) -> None:
                     assert low * 0.999 <= value <= high * 1.001
                 case OneOf(words):
                     assert value in words
+                case PowersOfTwo(low, high):
+                    assert low <= value <= high
+                    assert math.log2(value).is_integer()
             assert type(value) is type(first[key])

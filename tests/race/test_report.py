@@ -19,7 +19,8 @@ from trainer_node.race.plan import RaceRecord
 from trainer_node.race.plots_ours import _lanes
 from trainer_node.race.report import Report, number, write_report
 from trainer_node.race.run_result import PhaseSpan, RunResult
-from trainer_node.race.words import comparison, headline, reservations
+from trainer_node.race.statistics import ratio_of
+from trainer_node.race.words import comparison, ends, headline, reservations
 
 ARMS = ("adamw-constant", "adamw-decay", "adamw-decay-ema", "ours-unguarded", "ours")
 PICTURES = ("ratio", "loss-steps", "loss-seconds", "loss-passes", "timeline", "calibration")
@@ -35,6 +36,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take seconds."""
     monkeypatch.setattr(plots, "draw_all", lambda out_dir, figures: {})
+
+
+def test_the_ends_of_an_interval_are_told_also_where_one_is_beyond_all_bounds() -> None:
+    assert ends(ratio_of({0: 2.0, 1: math.inf}, {0: 1.0, 1: 1.0})) == "2.000 – ∞"
+    assert ends(ratio_of({0: 2.0, 1: 2.0}, {0: 1.0, 1: 1.0})) == "2.000 – 2.000"
 
 
 def figures_of(race: RaceRecord, results: list[RunResult]) -> RaceFigures:

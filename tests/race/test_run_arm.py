@@ -177,11 +177,26 @@ class SlowPredictor:
         return []
 
 
-def test_seconds_leave_out_every_reading() -> None:
+def test_seconds_leave_out_every_reading_but_not_the_choice_between_weights_and_average() -> None:
+    """The choice is in the passes too (two guard batches): once, as at a run's end, however often read."""
     for arm in ("adamw-constant", "adamw-decay-ema"):
         timed = Timed()
         result = run(key_of(arm), change=timed, clock=timed.clock)
         assert [p.trainer_seconds for p in result.curve] == [2.0 * p.steps for p in result.curve]
+    for every_steps in (6, STEPS):
+        timed, key = Timed(), key_of("ours-constant", config=(("trainer.read_out", "average"),))
+        settings = settings_of(key)
+        task = timed(prepare_task(settings.trainer))
+        result = run_task(
+            key,
+            settings,
+            task,
+            eval_every_steps=every_steps,
+            predictor=timed.predictor,
+            clock=timed.clock,
+            span_clock=timed.clock,
+        )
+        assert result.final.trainer_seconds == 2.0 * STEPS + 2 * 100.0
 
 
 def test_the_predictor_is_timed_apart_from_the_trainer() -> None:
@@ -195,7 +210,7 @@ def test_the_predictor_is_timed_apart_from_the_trainer() -> None:
     task = timed(prepare_task(settings.trainer))
     result = run_task(key, settings, task, predictor=make, clock=timed.clock, span_clock=timed.clock)
     (predictor,) = predictors
-    assert result.final.trainer_seconds == 2.0 * STEPS
+    assert result.final.trainer_seconds == 2.0 * STEPS + 2 * 100.0  # the choice of the weights handed out
     assert result.final.predictor_seconds == 7.0 * len(predictor.seen)
     assert isinstance(predictor.seen[0][0], RunStarted)
     assert [entry.sequence for _, entry in predictor.seen] == list(range(1, len(predictor.seen) + 1))
@@ -217,7 +232,8 @@ def test_the_clock_of_a_run_is_asked_at_readings_only(arm: str) -> None:
     """A core's clock is slow to ask behind a step: an arm that asked it in every step would pay for it."""
     clock = AskedClock()
     result = run(key_of(arm), clock=clock)
-    assert clock.times_asked == 2 + 2 * len(result.curve)  # made, started; before and after a reading
+    each = 4 if arm == "ours-constant" else 2  # before and after a reading, and the choice of weights in it
+    assert clock.times_asked == 2 + each * len(result.curve)  # made, started
 
 
 @pytest.mark.parametrize(("arm", "points"), [("adamw-constant", 41), ("adamw-decay", 11), ("snoo", 11)])

@@ -7,7 +7,8 @@ import pytest
 from common.config import preset_names
 from common.errors import SettingsError
 from trainer_node.race.arms import ARMS
-from trainer_node.race.tasks import CPU_TASKS, NEEDS_DATA, TARGET_RULES, TASKS, race_settings
+from trainer_node.race.rules import RULES
+from trainer_node.race.tasks import CPU_TASKS, NEEDS_DATA, TASKS, race_settings
 
 
 def settings_of(task: str):
@@ -63,8 +64,8 @@ def test_overrides_win() -> None:
 
 
 def test_targets_come_from_plain_arms_of_their_rule() -> None:
-    for rule, target in TARGET_RULES.items():
-        assert target.rule == rule
+    for rule, target in RULES.items():
+        assert target.name == rule
         for name in target.plain_arms:
             assert not ARMS[name].is_ours
             assert ARMS[name].rule == ("constant" if rule == "constant" else "decayed")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
 import torch
 
 from common.config import load_settings
+from trainer_node.race.race import _by_seed
 from trainer_node.race.run_arm import run_arm
 from trainer_node.race.run_result import RunKey, RunResult
 from trainer_node.race.together import TURN_STEPS, ThreadClock, run_together
+from trainer_node.race.workers import RunOrder
 
 BASE = load_settings(
     preset="race-digits",
@@ -91,3 +94,34 @@ def test_the_random_state_of_a_run_is_its_own() -> None:
 
     alone = [draws(seed)(lambda: None) for seed in (1, 2)]
     assert run_together([draws(1), draws(2)]) == alone
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not let a thread choose")
+def test_all_runs_keep_to_one_core_and_the_caller_gets_its_cores_back() -> None:
+    before = os.sched_getaffinity(0)
+    cores = run_together([lambda after: os.sched_getaffinity(0)] * 3)
+    assert len(cores[0]) == 1
+    assert cores[0] <= before
+    assert cores == [cores[0]] * 3
+    assert os.sched_getaffinity(0) == before
+    with pytest.raises(ValueError, match="no data"):
+        run_together([_fails])
+    assert os.sched_getaffinity(0) == before
+
+
+def _fails(after_step) -> None:
+    raise ValueError("no data")
+
+
+def test_every_arm_of_a_race_is_first_in_the_round_equally_often() -> None:
+    keys = [
+        RunKey(task="digits", arm=arm, config=(), planned_steps=80, seed=seed, purpose="time")
+        for seed in range(6)
+        for arm in ARMS
+    ]
+    rounds = _by_seed([RunOrder(key=key, base=BASE, eval_every_steps=None) for key in keys])
+    assert [order.key.arm for order in rounds] == [*ARMS, *ARMS]
+    for order in rounds:
+        everyone = [order, *order.together]
+        assert {each.key.seed for each in everyone} == {order.key.seed}
+        assert sorted(each.key.arm for each in everyone) == sorted(ARMS)

@@ -6,7 +6,8 @@ import io
 
 from rich.console import Console
 
-from common.messages import Alert, Evaluation, Outcome, Verdict
+from common.features import NAMES
+from common.messages import Alert, Evaluation, Observation, Outcome, Phase, Verdict
 from tests.trainer.test_loop import proposal
 from tests.trainer.tiny import ScriptedLinks, tiny_loop, tiny_settings
 from trainer_node.display import Display
@@ -54,3 +55,25 @@ def test_nothing_is_cut_off_on_a_terminal_of_80_columns() -> None:
     assert display.numbers() in text
     assert "60/60" in text
     assert "…" not in text
+
+
+def test_the_total_follows_the_batch_in_force_and_not_the_average_so_far() -> None:
+    """100 steps of a run of 1,000, then twice the batch: 450 more. Then a tail ends it at 600."""
+    display = Display(total_steps=1000, first_step=0, units_per_step=32, unit="images")
+    clock, totals = 0.0, {}
+    for step in range(1, 221):
+        clock += 2.0 if step > 100 else 1.0
+        end = 1000.0 if step <= 150 else 600.0
+        display.put(seen_at(step, progress=clock / end))
+        totals[step] = display._total_steps
+    assert (totals[1], totals[99], totals[110], totals[150]) == (1000, 1000, 550, 550)
+    assert set(totals.values()) == {1000, 550, 350}
+    assert totals[220] == 350
+
+
+def seen_at(step: int, *, progress: float) -> Observation:
+    values = dict.fromkeys(NAMES, 0.0) | {"progress": progress, "log10_units_per_step": 1.5}
+    return Observation(
+        step=step, attempt=0, phase=Phase.FULL, features=tuple(values.values()), gradient_norms=(),
+        decision_point=None,
+    )  # fmt: skip

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.features import INDEX, NAMES
-from common.messages import Phase, Verdict
+from common.messages import DIRECTIONS, DecisionPoint, Phase, Verdict
 from tests.references import slow_features
-from trainer_node.featurize import LONG, FeatureState, StepFacts, featurize, note_outcome
+from trainer_node.featurize import FeatureState, StepFacts, featurize, note_outcome, note_window
 from trainer_node.jump import blank_outcome
+from trainer_node.window_statistics import LONG
 
 FACTS = StepFacts(
     phase=Phase.FULL,
@@ -40,7 +41,7 @@ def facts_at(step, **changes):
 
 
 def history_of(count, *, seed=0):
-    """(facts, loss, gradient norm, clip scale) of successive steps."""
+    """(facts, loss, gradient norm, clip scale, norm of a part of the batch, its share) of steps in a row."""
     random = np.random.default_rng(seed)
     phases = [Phase.WARMUP, Phase.FULL, Phase.CORRECT]
     return [
@@ -51,18 +52,32 @@ def history_of(count, *, seed=0):
                 phase_steps_done=step % 8 + 1,
                 step_seconds=float(random.uniform(0.1, 0.9)),
                 epoch=step / 40,
+                rate_factor=2.0 ** (step // 30),
+                batch_factor=2.0 ** (step // 50 - 1),
+                context_share=0.5 ** (step // 70),
             ),
             float(5 - step / 50 + random.normal() / 5),
-            float(random.lognormal()),
+            norm := float(random.lognormal()),
             float(min(1.0, random.uniform(0.5, 1.5))),
+            norm * float(random.uniform(1.0, 1.5)),
+            (0.25, 0.5, math.nan)[step % 3],
         )
         for step in range(1, count + 1)
     ]
 
 
 def push(state, row):
-    facts, loss, norm, clip = row
-    return featurize(state, facts, loss=loss, gradient_norm=norm, clip_scale=clip)
+    facts, loss, norm, clip, *part = row
+    small_norm, share = part or (math.nan, math.nan)
+    return featurize(
+        state,
+        facts,
+        loss=loss,
+        gradient_norm=norm,
+        clip_scale=clip,
+        small_norm=small_norm,
+        small_share=share,
+    )
 
 
 def quiet(step, **changes):
@@ -82,9 +97,9 @@ def note(state, outcome):
     note_outcome(state, outcome, window_steps=8, step_passes=6.0)
 
 
-def test_there_are_64_features_in_the_order_of_their_names():
+def test_there_are_72_features_in_the_order_of_their_names():
     values = push(FeatureState(), history_of(1)[0])
-    assert len(NAMES) == len(set(NAMES)) == len(values) == 64
+    assert len(NAMES) == len(set(NAMES)) == len(values) == 72
     assert all(type(value) is float for value in values)
     assert values[INDEX["rate"]] == 0.01
     assert values[INDEX["micro_batches"]] == 2.0
@@ -92,7 +107,7 @@ def test_there_are_64_features_in_the_order_of_their_names():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 15, 16, 17, 63, 64, 65, 130])
 def test_features_equal_plain_statistics(count):
-    state = FeatureState(parameter_norm=20.0, displacement_norm=0.3)
+    state = FeatureState(parameter_norm=20.0, displacement_norm=0.3, average_distance=1.5)
     history = history_of(count)
     for row in history[:-1]:
         push(state, row)
@@ -104,7 +119,7 @@ def test_features_equal_plain_statistics(count):
             "parameter_norm": 20.0, "displacement_norm": 0.3, "check_passes": 2.0 + 3.0, "lost_passes": 24.0,
             "all_passes": 6.0 * count + 26.0 + 3.0, "jump_step": 5 if count > 4 else 0,
             "accepted": [0.0, 1.0], "horizon_windows": 1.5, "gain_spreads": 2.0, "delta_norm": 0.75,
-            "virtual_steps": 12, "cosine": -0.5, "guard_loss": 3.0, "attempts": 2,
+            "virtual_steps": 12, "cosine": -0.5, "guard_loss": 3.0, "attempts": 2, "average_distance": 1.5,
         },
     )  # fmt: skip
     if count <= 4:
@@ -116,16 +131,21 @@ def test_features_equal_plain_statistics(count):
 
 
 FINITE = st.floats(-1e30, 1e30)
-STEP = st.tuples(FINITE, st.floats(0, 1e30), st.floats(0, 1), st.floats(0, 1e6))
+NORM = st.floats(0, 1e30)
+STEP = st.tuples(FINITE, NORM, st.floats(0, 1), st.floats(0, 1e6), NORM, st.floats(0, 1))
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(STEP, min_size=1, max_size=70), st.floats(0, 1e30), st.floats(0, 1e30))
-def test_finite_steps_give_finite_features(steps, parameter_norm, displacement_norm):
-    state = FeatureState(parameter_norm=parameter_norm, displacement_norm=displacement_norm)
-    for index, (loss, norm, clip, seconds) in enumerate(steps):
+@given(st.lists(STEP, min_size=1, max_size=70), NORM, NORM, NORM)
+def test_finite_steps_give_finite_features(steps, parameter_norm, displacement_norm, average_distance):
+    state = FeatureState(
+        parameter_norm=parameter_norm,
+        displacement_norm=displacement_norm,
+        average_distance=average_distance,
+    )
+    for index, (loss, norm, clip, seconds, small_norm, share) in enumerate(steps):
         facts = facts_at(index + 1, step_seconds=seconds, data_seconds=seconds / 2)
-        values = featurize(state, facts, loss=loss, gradient_norm=norm, clip_scale=clip)
+        values = push(state, (facts, loss, norm, clip, small_norm, share))
         assert all(math.isfinite(value) for value in values)
 
 
@@ -188,6 +208,59 @@ def test_what_cannot_be_known_yet_is_zero_and_says_so():
         assert values[name] == 0.0
     for name in ("guard_loss", "loss_over_guard", "last_delta_cosine", "d_loss", "loss_slope_16"):
         assert values[name] == 0.0
+    for name in ("has_noise_scale", "log10_noise_scale_over_batch", "has_average"):
+        assert values[name] == 0.0
+    for name in ("distance_to_average_over_norm", "progress_per_second"):
+        assert values[name] == 0.0
+
+
+def test_controls_as_configured_are_neutral():
+    values = dict(zip(NAMES, push(FeatureState(), quiet(1)), strict=True))
+    found = [values[name] for name in ("log2_rate_factor", "log2_batch_factor", "context_share")]
+    assert found == [0.0, 0.0, 1.0]
+
+
+def window_end(pull_back_squares, **changes):
+    """Of groups whose pull-backs have these squared norms; all other products are 9."""
+    num = len(DIRECTIONS)
+    gram_GKK = np.full((len(pull_back_squares), num, num), 9.0)
+    gram_GKK[:, DIRECTIONS.index("pull_back"), DIRECTIONS.index("pull_back")] = pull_back_squares
+    known = {
+        "window": 1, "fingerprint": "", "gram": tuple(gram_GKK.reshape(-1).tolist()),
+        "parameter_norms": (6.0, 8.0, 0.0), "displacement_norms": (3.0, 0.0, 4.0), "happened": (),
+        "unexplained_share": (),
+    }  # fmt: skip
+    return DecisionPoint(**{**known, **changes})
+
+
+def test_the_end_of_a_window_says_how_far_the_weights_are_from_their_average():
+    state = FeatureState()
+    note_window(state, window_end([4.0, 5.0, 16.0]))
+    assert (state.parameter_norm, state.displacement_norm, state.average_distance) == (10.0, 5.0, 5.0)
+    values = dict(zip(NAMES, push(state, quiet(1)), strict=True))
+    assert values["has_average"] == 1.0
+    assert values["distance_to_average_over_norm"] == 0.5
+
+
+@pytest.mark.parametrize("rotten", [math.nan, math.inf])
+def test_a_distance_that_is_not_finite_is_unknown_and_not_zero(rotten):
+    state = FeatureState()
+    note_window(state, window_end([4.0, rotten, 16.0]))
+    values = dict(zip(NAMES, push(state, quiet(1)), strict=True))
+    assert (values["has_average"], values["distance_to_average_over_norm"]) == (0.0, 0.0)
+    note_window(state, window_end([4.0, 5.0, 16.0]))
+    assert push(state, quiet(2))[INDEX["has_average"]] == 1.0
+
+
+def test_a_state_of_before_there_were_controls_is_read_as_one_that_knows_nothing_of_them():
+    state = FeatureState()
+    for row in history_of(40):
+        push(state, row)
+    values = {k: v for k, v in state.to_json().items() if k not in ("noise", "average_distance")}
+    again = FeatureState.from_json(json.loads(json.dumps(values)))
+    assert again.losses == state.losses
+    told = dict(zip(NAMES, push(again, quiet(41)), strict=True))
+    assert (told["has_noise_scale"], told["has_average"]) == (0.0, 0.0)
 
 
 def test_exactly_one_phase_is_marked():

@@ -104,7 +104,11 @@ def test_random_messages_of_a_model_keep_the_bounds(preset: str, history: int, s
     )  # fmt: skip
     decision = PhaseDecision(
         decision_id=f"{number()}.{number()}", phase=draw.choice(list(Phase)), horizon_steps=number(),
-        num_groups=num_groups, num_directions=4, coefficients=some(4 * num_groups), controls=Controls(),
+        num_groups=num_groups, num_directions=4, coefficients=some(4 * num_groups),
+        controls=Controls(
+            rate_factor=draw.random(), batch_factor=draw.random(), context_tokens=number(),
+            decay_start=number(), decay_steps=number(), read_out=draw.choice(["", "weights", "average"]),
+        ),
         forecast=Forecast(loss=1.0, loss_without=2.0, spread=0.1), base_generation=number(),
         base_step=number(), base_attempt=number(), base_fingerprint="0123456789abcdef",
         valid_until_step=number(), reason="head:25, the best of 7 arms here", arm="head:25", chunks=8,
@@ -112,6 +116,20 @@ def test_random_messages_of_a_model_keep_the_bounds(preset: str, history: int, s
     )  # fmt: skip
     assert len(encode(observation)) + RECORD_BYTES <= bounds.observation + bounds.decision_point
     assert len(encode(decision)) + RECORD_BYTES <= bounds.decision
+
+
+def test_a_trial_of_controls_with_the_longest_reason_keeps_the_bound() -> None:
+    plan, number, count = run_plan(load_settings(preset="digits")), (1 << 63) - 1, message_bounds.WIDE
+    decision = PhaseDecision(
+        decision_id=f"{number}.{number}", phase=Phase.PREDICT, horizon_steps=number, num_groups=number,
+        num_directions=number, coefficients=(0.0,) * (4 * len(plan.groups)),
+        controls=Controls(context_tokens=count, decay_start=count, decay_steps=count, read_out="average"),
+        forecast=Forecast(loss=1.0, loss_without=2.0, spread=0.1), base_generation=number, base_step=number,
+        base_attempt=number, base_fingerprint="0123456789abcdef", valid_until_step=number,
+        reason="÷" * message_bounds.REASON_CHARACTERS, arm="a" * message_bounds.ARM_CHARACTERS, chunks=number,
+        next_window_steps=number,
+    )  # fmt: skip
+    assert len(encode(decision)) + RECORD_BYTES <= plan.messages.decision
 
 
 @pytest.mark.parametrize("history", [0, 4])

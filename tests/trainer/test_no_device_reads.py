@@ -124,6 +124,13 @@ def test_an_ordinary_step_of_the_trainer_reads_nothing_of_the_device(
     assert loop.progress.features.first_loss > 0.0  # and its losses have arrived
 
 
+def test_measuring_the_first_of_several_micro_batches_reads_nothing_of_the_device(reads: Reads) -> None:
+    live = ("trainer.decision_mode=live", "trainer.controls.batch=true", "trainer.batch.accumulation=2")
+    loop = loop_on_device(*live)
+    assert ordinary_steps(loop, reads) == []
+    assert loop.progress.features.noise.steps > 0  # it was measured, and it has arrived
+
+
 def test_a_loss_that_is_looked_at_is_found(reads: Reads) -> None:
     """The same run with one `.item()` in it: so the law above can fail."""
     loop = loop_on_device("trainer.decision_mode=live", loss=lambda t: t * (1.0 if t.item() > 0 else 0.0))

@@ -28,7 +28,7 @@ from tests.trainer.simulated_memory import within
 from tests.trainer.small_job import bits
 from tests.trainer.test_loop import proposal
 from tests.trainer.tiny import ScriptedLinks, same_bits, weights_of
-from trainer_node import out_of_memory
+from trainer_node import out_of_memory, real_step
 from trainer_node.checkpoint import Checkpoints
 from trainer_node.housekeeping import Housekeeping
 from trainer_node.loop import Loop
@@ -40,7 +40,7 @@ from trainer_node.out_of_memory import (
     attempt,
     is_out_of_memory,
 )
-from trainer_node.snapshot import optimizer_tensors
+from trainer_node.snapshot import optimizer_tensors, random_state
 
 PLAIN = "predictor.enabled=false"
 Uncounted = partial(Scene, is_counted=False)
@@ -475,3 +475,13 @@ def test_the_loss_is_finite_where_the_last_piece_is_smaller() -> None:
     settings = gpt_settings(PLAIN, "trainer.batch.sequences=7", "trainer.steps=6")
     scene = Scene(settings, budget_bytes=budget_for(2, PLAIN)).run()
     assert all(math.isfinite(loss) for loss in scene.losses)
+
+
+def test_the_random_state_is_copied_only_for_a_model_that_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+    monkeypatch.setattr(real_step, "random_state", lambda device: copies.append(1) or random_state(device))
+    Scene(gpt_settings(PLAIN, "trainer.steps=6")).run()
+    assert len(copies) == 2  # before and after the first step
+    copies.clear()
+    Scene(gpt_settings(PLAIN, "trainer.model.dropout=0.3", "trainer.steps=6")).run()
+    assert len(copies) == 7

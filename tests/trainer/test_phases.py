@@ -10,6 +10,7 @@ from tests.references import OBJECTIONS_IN_ORDER, PHASE_TABLE
 from trainer_node.phases import (
     MAX_CHUNKS,
     MAX_HORIZON_WINDOWS,
+    MAX_ID_CHARACTERS,
     MAX_WINDOW_STRETCH,
     PhaseRules,
     PhaseState,
@@ -71,6 +72,19 @@ MALFORMED = [
 ]
 
 
+OF_CONTROLS = dataclasses.replace(VALID, horizon_steps=0, coefficients=(), controls=Controls(rate_factor=2.0))
+MALFORMED_OF_CONTROLS = [
+    {"controls": None},
+    {"controls": Controls()},
+    {"coefficients": (0.5,) * 8},
+    {"forecaster": b"phi"},
+    {"horizon_steps": -1},
+    {"chunks": 0},
+    {"correction_share": math.nan},
+    {"decision_id": "4" * (MAX_ID_CHARACTERS + 1)},
+]
+
+
 def verdict_of(decision, *, position=POSITION, state=AT_DECISION, veto=None):
     return objection(decision, position=position, state=state, rules=RULES, veto=veto)
 
@@ -126,6 +140,25 @@ def test_of_several_objections_the_first_in_the_table_is_given(data):
         decision = None
     wanted = next((verdict for verdict in OBJECTIONS_IN_ORDER if verdict in faults), None)
     assert verdict_of(decision, state=state, veto=veto) is wanted
+
+
+def test_a_proposal_of_controls_alone_needs_others_than_those_in_force_and_no_delta():
+    assert verdict_of(OF_CONTROLS) is None
+    for change in MALFORMED_OF_CONTROLS:
+        assert verdict_of(dataclasses.replace(OF_CONTROLS, **change)) is Verdict.MALFORMED, change
+    there = dataclasses.replace(POSITION, controls=OF_CONTROLS.controls)
+    assert verdict_of(OF_CONTROLS, position=there) is Verdict.MALFORMED
+    assert verdict_of(dataclasses.replace(OF_CONTROLS, controls=Controls()), position=there) is None
+    assert verdict_of(OF_CONTROLS, veto="memory") is Verdict.VETOED
+
+
+@pytest.mark.parametrize("decision", [VALID, OF_CONTROLS])
+def test_what_breaks_the_rules_of_controls_or_comes_too_late_is_malformed(decision):
+    options = {"state": AT_DECISION, "rules": RULES, "veto": None}
+    assert objection(decision, position=POSITION, breach="too fast", **options) is Verdict.MALFORMED
+    for left_steps, verdict in [(5, None), (4, Verdict.MALFORMED)]:
+        here = dataclasses.replace(POSITION, steps_left=left_steps)
+        assert objection(decision, position=here, **options) is verdict
 
 
 EVENTS = {

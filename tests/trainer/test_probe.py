@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 
 import pytest
@@ -102,6 +103,23 @@ def test_an_observation_carries_the_numbers_of_its_step():
     assert observation.features[INDEX["clip_scale"]] == 0.5
     assert 10 ** observation.features[INDEX["log10_grad_norm"]] == pytest.approx(5.0)
     assert observation.decision_point is None
+
+
+def test_the_norm_of_a_part_of_the_batch_travels_with_the_others_and_is_none_of_them():
+    told = []
+    for measured in ({}, {"small_norm": torch.tensor(7.0), "small_share": 0.25}):
+        probe, state = Probe([], None), FeatureState()
+        for step in range(40):
+            probe.record(dataclasses.replace(tensors_of(), **measured), partial(facts_at, step + 1), 0)
+        assert len({len(pending.numbers) for pending in probe._pending}) == 1  # they travel together
+        told.append(probe.collect(state, wait=True)[-1])
+    without, observation = told
+    assert observation.gradient_norms == without.gradient_norms == (3.0, 4.0)
+    first_control = INDEX["has_noise_scale"]
+    assert observation.features[:first_control] == without.features[:first_control]
+    # |G|^2 = (25 - 49 / 4) / (3 / 4) = 17, tr(S) = (49 - 25) / 3 = 8 batches: appendix A.1 by hand.
+    assert 10 ** observation.features[INDEX["log10_noise_scale_over_batch"]] == pytest.approx(8 / 17)
+    assert without.features[first_control] == 0.0
 
 
 def test_observations_come_in_order_and_the_decision_point_goes_with_the_newest():

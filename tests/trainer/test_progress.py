@@ -4,9 +4,10 @@ import math
 import numpy as np
 import pytest
 
-from common.messages import Phase
+from common.messages import Controls, Phase
+from trainer_node.before_jump import before_jump
 from trainer_node.phases import PhaseRules, PhaseState
-from trainer_node.progress import before_jump, first_progress, progress_from_json
+from trainer_node.progress import first_progress, progress_from_json
 from trainer_node.spikes import CLEAR_STEPS
 from trainer_node.verify import MIN_FIT_POINTS, GuardRecord, line_forecast
 
@@ -50,7 +51,7 @@ def test_progress_survives_json():
     progress = progress_with([2.0, 1.5])
     progress.step, progress.attempt = 17, 2
     progress.phase = PhaseState(Phase.CORRECT, 3, windows=4, used_decision="9.0", window_steps=48)
-    progress.guard = GuardRecord(changes=[(6, -0.25), (11, 0.125)], step=9, loss=1.75)
+    progress.guard = GuardRecord(changes=[(6.0, -0.25), (5.5, 0.125)], step=9.5, loss=1.75)
     progress.skipped_steps, progress.rollbacks, progress.spike_step = 5, 2, 12
     again = progress_from_json(json.loads(json.dumps(progress.to_json())), RULES)
     assert repr(again) == repr(progress)  # by text, as NaN is not equal to itself
@@ -102,7 +103,36 @@ def test_rollbacks_count_in_a_row_until_the_run_is_well_past_the_spike():
 
 def test_a_checkpoint_from_before_there_was_a_record_of_the_guard_is_read():
     values = progress_with([2.0]).to_json()
-    for key in ("guard", "skipped_steps", "rollbacks", "spike_step"):
+    newer = ("controls", "extra_steps", "extra_data_steps")
+    for key in ("guard", "skipped_steps", "rollbacks", "spike_step", *newer):
         del values[key]
     del values["phase"]["window_steps"]
     assert progress_from_json(values, RULES).guard.changes == []
+
+
+def test_controls_and_their_clock_survive_json_and_are_set_back_by_a_restore():
+    progress = progress_with([2.0])
+    former = progress.copy()
+    progress.controls = Controls(
+        rate_factor=0.5, batch_factor=4.0, decay_start=50, decay_steps=9, read_out="average"
+    )
+    progress.step, progress.extra_steps, progress.extra_data_steps = 9, 12.25, 13.5
+    again = progress_from_json(json.loads(json.dumps(progress.to_json())), RULES)
+    assert repr(again) == repr(progress)
+    assert (again.clock, again.data_step) == (21.25, 22.5)
+    restored = progress.after_restore(former, attempt=1)
+    assert (restored.controls, restored.clock, restored.data_step) == (Controls(), 0, 0)
+
+
+def test_a_rollback_takes_clock_and_controls_of_the_checkpoint_and_data_that_go_on():
+    progress = progress_with([2.0])
+    progress.controls, progress.step = Controls(batch_factor=2.0), 10
+    progress.extra_steps = progress.extra_data_steps = 4.0
+    former = progress.copy()
+    progress.controls, progress.step = Controls(batch_factor=0.5), 16
+    progress.extra_steps = progress.extra_data_steps = 1.0
+    back = progress.after_rollback(former, step_passes=3.0)
+    assert (back.controls, back.clock, back.data_step) == (Controls(batch_factor=2.0), 14.0, 17.0)
+    assert back.features.lost_passes == 3.0 * (17 - 14)
+    again = progress.after_rollback(former, step_passes=3.0).after_rollback(former, step_passes=3.0)
+    assert again.data_step == 17.0

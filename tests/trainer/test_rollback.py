@@ -75,8 +75,10 @@ def run(
     stop_at: int = 0,
     before_housekeeping: Callable[[Loop], None] = lambda _: None,
     after_step: Callable[[Loop], None] = lambda _: None,
+    waits_for_saves: bool = False,
     **rot: object,
 ) -> Run:
+    """`waits_for_saves`: `after_step` finds every checkpoint so far whole, and nobody at work on it."""
     links = ScriptedLinks(answer=answer)
     settings = tiny_settings(*LONG_RUN, *overrides)
     checkpoints = None
@@ -87,6 +89,8 @@ def run(
     def between(loop: Loop) -> None:
         before_housekeeping(loop)
         housekeeping(loop)
+        if waits_for_saves and checkpoints is not None:
+            checkpoints.wait()
         after_step(loop)
         loop.stop_requested = loop.stop_requested or 0 < stop_at <= len(data.used)
 

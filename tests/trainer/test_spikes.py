@@ -16,8 +16,8 @@ from common.messages import Observation
 from common.recording import messages_of, read_recording
 from common.settings import SpikeSettings
 from common.streams import HISTORY
-from trainer_node.featurize import LONG
 from trainer_node.spikes import CHECK_STEPS, MIN_USUAL_STEPS, Spike, find_spike
+from trainer_node.window_statistics import LONG
 
 SETTINGS = SpikeSettings()
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "digits-lockstep.hpt"

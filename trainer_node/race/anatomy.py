@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from common.clock import SystemClock
-from common.messages import DIRECTIONS, Controls, Phase, PhaseDecision
+from common.messages import DIRECTIONS, Phase, PhaseDecision
 from common.schedule import decay_start_step
 from common.settings import RunSettings, TrainerSettings
 from trainer_node.assembly import build_loop, prepare_task
@@ -125,7 +125,7 @@ def decision_for(loop: Loop, tried: Candidate) -> PhaseDecision:
         num_groups=loop.basis.num_groups,
         num_directions=len(DIRECTIONS),
         coefficients=tried.row * loop.basis.num_groups,
-        controls=Controls(),
+        controls=None,
         forecast=None,
         base_generation=loop.generation,
         base_step=loop.progress.step,

@@ -19,11 +19,13 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from common.errors import HybridError, SettingsError
-from trainer_node.race.arms import ARMS
+from trainer_node.race.arm_table import ARMS, GROUPS
 from trainer_node.race.figures import ArmFigures, RaceFigures
-from trainer_node.race.words import JUMPING_ARM, headline_arm
+from trainer_node.race.rules import RULES as RACE_RULES
+from trainer_node.race.rules import headline_arm
+from trainer_node.race.words import JUMPING_ARM
 
-RULES = ("constant", "decayed", "fitted", "whole-stack", "hands-free", "untuned", "ramp")
+RULES = tuple(RACE_RULES)
 FOLDER = Path("docs/evidence")
 PAGE = Path("docs/evidence.md")
 
@@ -42,7 +44,7 @@ class ArmEvidence:
     seconds_free_core_median: float | None = None
     ratio_free_core_median: float | None = None
     ratio_passes_median: float | None = None
-    final_quality_equal_passes_median: float | None = None  # after 3 base_steps forward-equivalents
+    final_quality_equal_passes_median: float | None = None  # for the passes of base_steps plain steps
     sign_test_p: float | None = None
     plain_arm: str = ""  # the same optimizer without the method
     reading: str = ""
@@ -84,7 +86,7 @@ class Evidence:
     # From here on a file may leave keys out.
     reference_arm: str = ""
     headline_arm: str = ""
-    pairs: tuple[PairEvidence, ...] = ()  # the headline arm and the one that jumps against every other
+    pairs: tuple[PairEvidence, ...] = ()  # the headline arm and the one that jumps against all others; parts
     missing: tuple[str, ...] = ()
     in_distribution: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -105,6 +107,8 @@ def evidence_of(figures: RaceFigures) -> Evidence:
     if race.target is None:
         raise ValueError("a race without a target is no evidence")
     ours = headline_arm(race.arms, race.rule)
+    told = {(part.arm, part.versus) for part in RACE_RULES[race.rule].parts}
+    told |= {(arm, plain) for arm in GROUPS.get(ours, ()) for plain in race.arms}
     return Evidence(
         task=race.task,
         rule=race.rule,
@@ -130,7 +134,7 @@ def evidence_of(figures: RaceFigures) -> Evidence:
                 sign_test_p=pair.ratio.sign_p,
             )
             for pair in figures.pairs
-            if pair.arm in (ours, JUMPING_ARM)
+            if pair.arm in (ours, JUMPING_ARM) or (pair.arm, pair.versus) in told
         ),
         missing=figures.missing,
         in_distribution=race.in_distribution,
@@ -239,7 +243,7 @@ def _check(evidence: Evidence) -> None:
     if not evidence.seeds or len(set(evidence.seeds)) != len(evidence.seeds):
         raise ValueError("evidence.seeds is empty or names a seed twice")
     named = {evidence.headline_arm, evidence.reference_arm, *(p.versus for p in evidence.pairs)} - {""}
-    strangers = sorted(named - evidence.arms.keys())
+    strangers = sorted(named - evidence.arms.keys() - GROUPS.keys())
     if strangers and not evidence.missing:
         raise ValueError(f"evidence.arms lacks '{strangers[0]}'")
     for name, arm in evidence.arms.items():

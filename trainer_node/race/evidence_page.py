@@ -6,17 +6,27 @@ import json
 from pathlib import Path
 
 from common.errors import SettingsError
+from trainer_node.race.arm_table import GROUPS
 from trainer_node.race.audit_table import audit_lines
 from trainer_node.race.claims import (
     constant_rules,
     forecasts_mean_something,
     honest_rules,
     no_harm,
+    pair_words,
     table,
 )
+from trainer_node.race.claims_controls import (
+    controls_do_no_harm,
+    hands_free,
+    ramp,
+    untuned,
+    whole_stack,
+)
 from trainer_node.race.evidence import ArmEvidence, Evidence, read_all
+from trainer_node.race.rules import RULES
 
-HEAD = """# Evidence
+_INTRODUCTION = """# Evidence
 
 Rendered from the files of `docs/evidence/` by `python -m trainer_node.race.evidence`; never typed, and a
 test fails when page and files differ. Each file is one race: `trainer-node race TASK` writes it.
@@ -24,9 +34,12 @@ test fails when page and files differ. Each file is one race: `trainer-node race
 Speed is seconds of the reference / seconds of the arm until a held-out loss is reached: time of the one
 core that trainer and predictor share, which on an idle machine is wall-clock (on a GPU: wall-clock), the
 predictor's learning, checks and undone steps included; the median of the ratios of equal seeds, with its 95 %
-bootstrap interval. A run that never gets there is infinitely slow. Rules: `constant` (rates do not decay),
-`decayed` (every arm tuned and decayed, the target reached at the end of a planned run), `fitted` (the
-predictor has learned from earlier runs of the same job with other seeds)."""
+bootstrap interval. A run that never gets there is infinitely slow.
+
+Rules:
+
+"""
+HEAD = _INTRODUCTION + "\n".join(f"- `{rule.name}`: {rule.meaning}" for rule in RULES.values())
 NOTHING = "No evidence has been committed yet: nothing is claimed."
 
 
@@ -47,6 +60,11 @@ def _claims(files: list[Evidence]) -> list[str]:
         ("2. Forecasts mean something", forecasts_mean_something),
         ("3. Constant-rate rules", constant_rules),
         ("4. Honest rules", honest_rules),
+        ("5. The whole stack", whole_stack),
+        ("6. Against those who do not tune", untuned),
+        ("7. Hands-free", hands_free),
+        ("8. Ramp", ramp),
+        ("9. No harm with every control on", controls_do_no_harm),
     )
     return ["## What it shows", *(f"### {title}\n\n" + "\n".join(said(files)) for title, said in chapters)]
 
@@ -64,6 +82,7 @@ def _result(evidence: Evidence) -> str:
         f"`{evidence.command}`",
         *table(head, [_cells(evidence, name, arm) for name, arm in arms]),
     ]
+    lines += _pooled(evidence)
     if evidence.in_distribution:
         lines += ["", f"Fitted on earlier runs of this very task: {', '.join(evidence.in_distribution)}."]
     if evidence.missing:
@@ -71,6 +90,15 @@ def _result(evidence: Evidence) -> str:
     lines += [f"\n{note}" for note in evidence.notes]
     lines += [f"\n{name}: {note}" for name, arm in arms for note in arm.notes]
     return "\n".join(lines)
+
+
+def _pooled(evidence: Evidence) -> list[str]:
+    """The line of a headline that is a group of arms: no row of the table has its number."""
+    pair = evidence.against(evidence.reference_arm)
+    if evidence.headline_arm not in GROUPS or pair is None:
+        return []
+    arms = ", ".join(GROUPS[evidence.headline_arm])
+    return ["", f"**{evidence.headline_arm}** (over {arms} and all seeds): {pair_words(pair)}."]
 
 
 def _cells(evidence: Evidence, name: str, arm: ArmEvidence) -> tuple[str, ...]:

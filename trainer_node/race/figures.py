@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer_node.race.arm_table import ARMS, GROUPS
 from trainer_node.race.crossing import (
     READINGS,
     Crossing,
@@ -28,9 +29,16 @@ from trainer_node.race.crossing import (
 )
 from trainer_node.race.plan import RaceRecord
 from trainer_node.race.run_result import RunResult
-from trainer_node.race.statistics import Calibration, Ratio, calibration, ratio_of, time_median
+from trainer_node.race.statistics import (
+    Calibration,
+    Ratio,
+    calibration,
+    pooled_ratio_of,
+    ratio_of,
+    time_median,
+)
 
-PASSES_PER_STEP = 3  # forward-equivalents of one train step
+PASSES_PER_STEP = 3.0  # forward-equivalents of one train step of one micro-batch
 AT_THE_END = "end"  # beside READINGS: how an arm with decay is read
 
 
@@ -49,7 +57,7 @@ class ArmFigures:
     ratio_passes: Ratio
     final_quality_median: float  # held-out loss of what is handed out after T0 steps
     final_quality_equal_passes_median: (
-        float  # the same for 3 T0 forward-equivalents, checks and undone steps paid
+        float  # the same for what T0 plain steps cost in forward-equivalents, checks and undone steps paid
     )
     verdicts: Mapping[str, int]
     cosine_median: float  # delta against the displacement of the probation
@@ -84,7 +92,7 @@ class Pair:
 class RaceFigures:
     race: RaceRecord
     arms: tuple[ArmFigures, ...]  # in the record's order; arms without a tuned config are left out
-    pairs: tuple[Pair, ...]  # every arm against every other one
+    pairs: tuple[Pair, ...]  # every arm against every other one; groups against arms outside them
     runs: Mapping[str, tuple[RunResult, ...]]  # by arm: those that counted
     missing: tuple[str, ...]  # in words
 
@@ -108,8 +116,9 @@ def race_figures(
     read = {arm: _crossings(race, arm_runs, arm in read_mid_run) for arm, arm_runs in runs.items()}
     crossings = {arm: by_seed for arm, (_, by_seed) in read.items()}
     reference = crossings.get(race.reference_arm, {})
+    step_passes = _step_passes([run for arm in runs if not ARMS[arm].is_ours for run in runs[arm]])
     arms = tuple(
-        _arm_figures(race, arm, runs[arm], reading, by_seed, reference)
+        _arm_figures(race, arm, runs[arm], reading, by_seed, reference, step_passes)
         for arm, (reading, by_seed) in read.items()
     )
     pairs = tuple(
@@ -117,6 +126,12 @@ def race_figures(
         for arm in crossings
         for versus in crossings
         if arm != versus
+    )
+    pairs += tuple(
+        Pair(arm=group, versus=versus, ratio=_pooled(crossings[versus], [crossings[arm] for arm in members]))
+        for group, members in GROUPS.items()
+        if crossings.keys() >= set(members)
+        for versus in crossings.keys() - set(members)
     )
     return RaceFigures(race=race, arms=arms, pairs=pairs, runs=runs, missing=_missing(race, arms))
 
@@ -182,9 +197,10 @@ def _arm_figures(
     reading: str,
     crossings: dict[int, Crossing],
     reference: Mapping[int, Crossing],
+    step_passes: float,
 ) -> ArmFigures:
     lengths = tuple(sorted({run.key.planned_steps for run in runs}))
-    final, final_equal_passes = _final_quality(race, runs, reading)
+    final, final_equal_passes = _final_quality(race, runs, reading, step_passes)
     cosines = [cosine for run in runs for cosine in run.cosines if math.isfinite(cosine)]
     verdicts: Counter[str] = Counter()
     for run in runs:
@@ -209,17 +225,26 @@ def _arm_figures(
     )
 
 
-def _final_quality(race: RaceRecord, runs: Sequence[RunResult], reading: str) -> tuple[float, float]:
-    """Medians over seeds of the loss (after T0 steps, after 3 T0 passes); NaN where no seed was read."""
+def _step_passes(plain_runs: Sequence[RunResult]) -> float:
+    """Of a step of the task without prediction, whatever its micro-batches: 3 for each of them."""
+    ends = [run.final for run in plain_runs if run.final.steps and not run.diverged]
+    return ends[0].passes / ends[0].steps if ends else PASSES_PER_STEP
+
+
+def _final_quality(
+    race: RaceRecord, runs: Sequence[RunResult], reading: str, step_passes: float
+) -> tuple[float, float]:
+    """Medians over seeds of the loss (after T0 steps, after what they cost); NaN where no seed was read."""
     after_steps, after_passes = [], []
+    budget_passes = step_passes * race.base_steps
     for seed in sorted({run.key.seed for run in runs}):
         own = [run for run in runs if run.key.seed == seed]
         if reading == AT_THE_END:
             after_steps += [final_loss(run) for run in own if run.key.planned_steps == race.base_steps]
-            after_passes.append(final_loss_at_passes(own, float(PASSES_PER_STEP * race.base_steps)))
+            after_passes.append(final_loss_at_passes(own, budget_passes))
         else:
             after_steps.append(loss_at(own[0], race.base_steps, reading))
-            after_passes.append(loss_at(own[0], race.base_steps * PASSES_PER_STEP, reading, of="passes"))
+            after_passes.append(loss_at(own[0], budget_passes, reading, of="passes"))
     return (
         time_median([loss for loss in after_steps if not math.isnan(loss)]),
         time_median([loss for loss in after_passes if not math.isnan(loss)]),
@@ -242,7 +267,12 @@ def _missing_runs(
 
 
 def _ratio(reference: Mapping[int, Crossing], arm: Mapping[int, Crossing], of: str) -> Ratio:
-    def cost(crossings: Mapping[int, Crossing]) -> dict[int, float]:
-        return {seed: getattr(crossing, of) for seed, crossing in crossings.items()}
+    return ratio_of(_costs(reference, of), _costs(arm, of))
 
-    return ratio_of(cost(reference), cost(arm))
+
+def _pooled(reference: Mapping[int, Crossing], arms: Sequence[Mapping[int, Crossing]]) -> Ratio:
+    return pooled_ratio_of(_costs(reference, "seconds"), [_costs(arm, "seconds") for arm in arms])
+
+
+def _costs(crossings: Mapping[int, Crossing], of: str) -> dict[int, float]:
+    return {seed: getattr(crossing, of) for seed, crossing in crossings.items()}

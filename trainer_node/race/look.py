@@ -20,12 +20,22 @@ COLOURS = {
     "adamw-constant": "#7f7f7f", "adamw-decay": "#000000", "adamw-decay-ema": "#000000",
     "muon-decay": "#0072B2", "muon-decay-ema": "#0072B2", "schedule-free": "#CC79A7",
     "lookahead": "#56B4E9", "snoo": "#009E73", "ema-nesterov": "#E69F00", "line-fit": "#8c6d1f",
+    "adamw-cosine": "#7f7f7f", "adamw-cosine-ema": "#7f7f7f", "muon-cosine": "#56B4E9",
+    "muon-defaults": "#0072B2", "adamw-3e-4-cosine": "#CC79A7", "adamw-swept": "#0072B2",
+    "ours-muon-defaults": "#E69F00", "ours-controls": "#E69F00",
 }  # fmt: skip
 # Ours and what is left of it without one part share a colour.
 DASHES = {
     "adamw-decay-ema": (0, (5, 2)), "muon-decay-ema": (0, (5, 2)), "line-fit": (0, (1, 1)),
     "ours-fixed": (0, (5, 2)), "ours-random": (0, (1, 1.4)), "ours-unguarded": (0, (6, 2, 1, 2)),
     "ours-constant": (0, (8, 3)), "ours-phi": (0, (3, 1)),
+    "adamw-cosine-ema": (0, (5, 2)), "ours-cosine": (0, (5, 2)),
+    "ours-hands-free-rate-high": (0, (5, 2)), "ours-hands-free-rate-low": (0, (1, 1.4)),
+    "ours-hands-free-batch-high": (0, (6, 2, 1, 2)), "ours-hands-free-batch-low": (0, (3, 1)),
+    "ours-ramp-rate": (0, (5, 2)), "ours-ramp-batch": (0, (1, 1.4)),
+    "ours-controls-rate": (0, (5, 2)), "ours-controls-batch": (0, (1, 1.4)),
+    "ours-controls-context": (0, (6, 2, 1, 2)), "ours-controls-decay": (0, (3, 1)),
+    "ours-controls-read-out": (0, (8, 3)),
 }  # fmt: skip
 PHASES = {"warmup": "#c9a94f", "full": "#9db4d8", "correct": "#9b7fc4"}
 KEPT, UNDONE = "#009E73", "#D55E00"

@@ -1,4 +1,4 @@
-"""The machine that a run ran on, and how much memory the run held."""
+"""The machine that a run ran on: its name, its clock, and how much memory the run held."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from pathlib import Path
 
 import psutil
 import torch
+
+from common.clock import Clock, CoreClock, SystemClock
+from common.settings import RunSettings
+from trainer_node.tasks import Task
 
 
 def forget_peak(device: torch.device) -> None:
@@ -42,3 +46,9 @@ def machine() -> str:
         name = f"{torch.cuda.get_device_name()}, {name}"
     cores, threads = psutil.cpu_count() or 1, torch.get_num_threads()
     return f"{name}, {cores} cores, {threads} threads used, torch {torch.__version__}"
+
+
+def clock_for(settings: RunSettings, task: Task) -> Clock:
+    """Wall time; with one thread on a CPU the core's own, which other work on the machine cannot lengthen."""
+    alone = task.device.type == "cpu" and settings.trainer.threads == 1
+    return CoreClock() if alone else SystemClock()

@@ -19,17 +19,17 @@ from trainer_node.race.arms import with_settings
 from trainer_node.race.plan import (
     COARSE_RATIO,
     MAX_SEEDS,
-    QUICK_ARMS,
     QUICK_RATIO,
     QUICK_SHARE,
     RacePlan,
     chosen_arms,
 )
+from trainer_node.race.rules import RULES
 from trainer_node.race.tasks import race_settings
 
 RACES_DIR = Path("races")
 FILE_NAME = "race.json"
-DEFAULT_SEEDS, DEFAULT_TRIALS = 10, 8
+DEFAULT_SEEDS = 10
 QUICK_SEEDS, QUICK_TRIALS = 2, 1
 MAX_TRIALS = 1_000
 MAX_EARLIER_RUNS = 100
@@ -79,6 +79,9 @@ def plan_of(options: RaceOptions) -> RacePlan:
         raise SettingsError("rule fitted and --fitted-on N belong together: N earlier runs are fitted on")
     if options.evidence and options.quick:
         raise SettingsError("a quick race is no evidence: leave out --quick or --evidence")
+    rule = RULES.get(options.race_rule)  # an unknown one is answered by chosen_arms
+    if options.trials is not None and rule is not None and not rule.tunes:
+        raise SettingsError(f"rule {rule.name} tunes nothing: leave out --trials")
     arms = tuple(name.strip() for name in (options.arms or "").split(",") if name.strip())
     if options.quick:
         steps = max(1, base.trainer.steps // QUICK_SHARE)
@@ -86,7 +89,7 @@ def plan_of(options: RaceOptions) -> RacePlan:
         base = with_settings(
             base, [("trainer.steps", steps), ("trainer.schedule.warmup_steps", warmup_steps)]
         )
-        arms = arms or (QUICK_ARMS if options.race_rule != "constant" else ())
+        arms = arms or (rule.quick_arms if rule is not None else ())
     lattice: dict[str, Any] = {}
     if options.quick or options.coarse:
         lattice = {"lattice_ratio": QUICK_RATIO if options.quick else COARSE_RATIO, "bracket": 1}
@@ -96,9 +99,13 @@ def plan_of(options: RaceOptions) -> RacePlan:
         base=base,
         arms=chosen_arms(options.race_rule, arms),
         seeds=tuple(range(options.seeds or (QUICK_SEEDS if options.quick else DEFAULT_SEEDS))),
-        trials=options.trials or (QUICK_TRIALS if options.quick else DEFAULT_TRIALS),
+        trials=options.trials or (QUICK_TRIALS if options.quick else _trials(options.race_rule)),
         **lattice,
     )
+
+
+def _trials(rule: str) -> int:
+    return RULES[rule].trials if RULES[rule].tunes else 1
 
 
 def check_folder(options: RaceOptions, plan: RacePlan) -> str:

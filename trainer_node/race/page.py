@@ -12,7 +12,8 @@ from pathlib import Path
 
 from trainer_node.race.arms import ARMS
 from trainer_node.race.figures import RaceFigures
-from trainer_node.race.words import headline, headline_arm, reservations
+from trainer_node.race.rules import headline_arm
+from trainer_node.race.words import headline, reservations
 
 COLUMN_MEANINGS = (
     ("arm", "contestant"),
@@ -29,7 +30,8 @@ COLUMN_MEANINGS = (
 CAPTIONS = {
     "ratio": "Time to the target: right of the line is faster. A bar across the line shows no difference."
     " Hollow: ours or an average with a part taken out or added.",
-    "loss-steps": "Held-out loss against real steps: checks, undone steps and predictor cost nothing here.",
+    "loss-steps": "Held-out loss against kept steps of the task's batch. Checks, undone steps and predictor"
+    " cost nothing here.",
     "loss-seconds": "The same against seconds, with everything paid: this is the axis that counts.",
     "loss-passes": "The same against forward-equivalents: independent of the machine.",
     "timeline": "One run. Undone steps were taken on probation and restored; it went on without the jump.",

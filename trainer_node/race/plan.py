@@ -11,14 +11,14 @@ from typing import Any
 
 from common.errors import SettingsError
 from common.settings import RunSettings
-from trainer_node.race.arms import ARMS, Arm, arm_named
+from trainer_node.race.arm_table import ARMS, GROUPS, Arm
+from trainer_node.race.arms import arm_named
 from trainer_node.race.crossing_search import LATTICE_RATIO, Lattice
-from trainer_node.race.tasks import TARGET_RULES
+from trainer_node.race.rules import RULES
 
 TUNING_SEED = 1_000_000  # never a race seed
 EARLIER_SEEDS = 2_000_000  # of the runs that a fitted predictor has seen
 MAX_SEEDS = 1_000
-QUICK_ARMS = ("adamw-decay", "ours-fixed", "ours")
 BRACKET = 7  # lattice steps around the crossing of the mean within which single seeds are placed
 COARSE_RATIO = (
     1.1  # for small machines: a third of the runs; seeds more than 10 % off the mean count as misses
@@ -34,7 +34,7 @@ class RaceRecord:
     """Everything a report says about a race besides its runs. Grows as the race goes on."""
 
     task: str
-    rule: str  # "constant", "decayed", "fitted"
+    rule: str  # a name in rules.RULES
     target: float | None  # held-out loss in nats to be reached; None while unknown
     base_steps: int  # T0: planned steps of the equal-budget comparison
     seeds: tuple[int, ...]
@@ -76,7 +76,7 @@ class RacePlan:
     @property
     def plain_arms(self) -> tuple[str, ...]:
         """Those of the race that may set the target."""
-        return tuple(name for name in TARGET_RULES[self.rule].plain_arms if name in self.arms)
+        return tuple(name for name in RULES[self.rule].plain_arms if name in self.arms)
 
     @property
     def tuned_arms(self) -> tuple[Arm, ...]:
@@ -88,13 +88,22 @@ class RacePlan:
 
     @property
     def levels(self) -> int:
-        """1 + how deeply arms of this race wrap others: so many times `trials` does a plain arm spend."""
-        return 1 + max(len(_wrapped(arm.name)) for arm in self.tuned_arms)
+        """1 + how deeply arms of this race wrap others and tune: so many times `trials` does a plain arm
+        spend."""
+        tuning = [_tuned_under(arm) for arm in self.tuned_arms if arm.tuned]
+        return 1 + max(tuning, default=0) if RULES[self.rule].tunes else 1
 
     def own_trials(self, arm: Arm) -> int:
         """Trials of the arm itself. A wrapping arm spends `trials` on its own settings, on top of the choice
-        of the arm that it wraps, which has spent as many more."""
-        return self.trials * (self.levels - len(_wrapped(arm.name)))
+        of the arm that it wraps, which has spent as many more. One = there is nothing to choose."""
+        if not arm.tuned or not RULES[self.rule].tunes:
+            return 1
+        return self.trials * (self.levels - _tuned_under(arm))
+
+    def needs_trials(self, arm: Arm) -> bool:
+        """False where one config is all there is, and nobody asks how well it does."""
+        is_rival = arm.name in self.plain_arms and len(self.plain_arms) > 1
+        return is_rival or self.own_trials(arm) > 1
 
     def eval_every_steps(self, purpose: str) -> int | None:
         """Of a tuning or timed run only the end counts; None = run_arm's own choice."""
@@ -104,21 +113,16 @@ class RacePlan:
 def chosen_arms(rule: str, names: tuple[str, ...]) -> tuple[str, ...]:
     """The arms to race, with a plain arm that can set the target. Raises SettingsError.
 
-    No names: under "constant" the arms of constant rate, else all but our own at a constant rate.
+    No names: those of the rule. The name of a group stands for its arms.
     """
-    if rule not in TARGET_RULES:
-        raise SettingsError(f"unknown rule '{rule}'; rules: {', '.join(TARGET_RULES)}")
-    if not names:
-        names = tuple(arm.name for arm in ARMS.values() if _belongs(arm, rule))
-    wanted = {arm_named(name).name for name in names}
-    plain = TARGET_RULES[rule].plain_arms
+    if rule not in RULES:
+        raise SettingsError(f"unknown rule '{rule}'; rules: {', '.join(RULES)}")
+    named = [arm for name in names or RULES[rule].arms for arm in GROUPS.get(name, (name,))]
+    wanted = {arm_named(name).name for name in named}
+    plain = RULES[rule].plain_arms
     if not wanted.intersection(plain):
         wanted.add(plain[0])
     return tuple(name for name in ARMS if name in wanted)
-
-
-def _belongs(arm: Arm, rule: str) -> bool:
-    return arm.rule == "constant" if rule == "constant" else arm.rule == "decayed" or not arm.is_ours
 
 
 def _wrapped(name: str) -> list[str]:
@@ -127,3 +131,7 @@ def _wrapped(name: str) -> list[str]:
     while name := ARMS[name].wraps:
         under.append(name)
     return under
+
+
+def _tuned_under(arm: Arm) -> int:
+    return sum(bool(ARMS[name].tuned) for name in _wrapped(arm.name))

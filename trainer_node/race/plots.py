@@ -24,12 +24,13 @@ from trainer_node.race.look import (
     colour_of,
 )
 from trainer_node.race.plots_ours import draw_calibration, draw_timeline
+from trainer_node.race.rules import headline_arm
 from trainer_node.race.run_result import CurvePoint
-from trainer_node.race.words import factor, headline_arm
+from trainer_node.race.words import ends, factor
 
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 AXES: dict[str, tuple[str, Callable[[CurvePoint], float]]] = {
-    "steps": ("real steps", lambda point: point.steps),
+    "steps": ("kept steps of the task's batch", lambda point: point.steps),
     "seconds": ("seconds, predictor included", lambda point: point.trainer_seconds + point.predictor_seconds),
     "passes": ("forward-equivalents (step 3, check 1)", lambda point: point.passes),
 }
@@ -100,7 +101,7 @@ def _draw_ratio(axes: Any, row: int, arm: ArmFigures, low: float, high: float) -
 def _ratio_words(arm: ArmFigures) -> str:
     words = [] if arm.ratio.median == 0 else [factor(arm.ratio.median)]
     if words and arm.ratio.pairs > 1:
-        words.append(f"{factor(arm.ratio.low95)[:-1]} – {factor(arm.ratio.high95)[:-1]}")
+        words.append(ends(arm.ratio))
     if arm.misses:
         words.append(f"missed {arm.misses}/{len(arm.crossings)}")
     return "   ".join(words)

@@ -12,8 +12,8 @@ import numpy as np
 
 from trainer_node.race.figures import RaceFigures
 from trainer_node.race.look import DASHES, INK, KEPT, PHASES, RULE, SOFT, UNDONE, Canvas, colour_of
+from trainer_node.race.rules import headline_arm
 from trainer_node.race.run_result import PhaseSpan, RunResult
-from trainer_node.race.words import headline_arm
 
 COVERAGE_GOAL = (0.7, 0.9)  # of the 80 % interval
 
@@ -24,7 +24,7 @@ def draw_timeline(on: Canvas, figures: RaceFigures) -> bool:
     if run is None:
         return False
     top, lanes = on.axes(8.6, 4.2, rows=(2.2, 1.0), sharex=True)
-    top.plot([p.steps for p in run.curve], [p.read_loss for p in run.curve], color=INK, linewidth=1.5)
+    top.plot([p.kept_steps for p in run.curve], [p.read_loss for p in run.curve], color=INK, linewidth=1.5)
     losses = [p.read_loss for p in run.curve[len(run.curve) // 10 :]]
     top.set_ylim(min(losses) - 0.03 * (max(losses) - min(losses)), max(losses))
     top.set_ylabel("held-out loss")
@@ -43,7 +43,7 @@ def draw_timeline(on: Canvas, figures: RaceFigures) -> bool:
     lanes.set_yticks([2, 1, 0], ["jumps", "kept steps", "undone steps"])
     lanes.tick_params(axis="y", length=0, labelcolor=INK)
     lanes.set_ylim(-0.6, 2.5)
-    lanes.set_xlim(0, run.final.steps)
+    lanes.set_xlim(0, run.final.kept_steps)
     lanes.set_xlabel("real steps")
     lanes.spines["left"].set_visible(False)
     _timeline_legend(on.figure, run.phases)

@@ -22,7 +22,7 @@ from trainer_node.race.figures import ArmFigures, RaceFigures, race_figures
 from trainer_node.race.plan import RaceRecord
 from trainer_node.race.run_result import RunResult
 from trainer_node.race.timing import retimed
-from trainer_node.race.words import factor, headline, reservations
+from trainer_node.race.words import ends, factor, headline, reservations
 
 REPORT_SCHEMA = 1
 COSTS = {"seconds": "seconds", "seconds_free_core": "trainer_seconds", "passes": "passes", "steps": "steps"}
@@ -120,7 +120,7 @@ def _cells(figures: RaceFigures, arm: ArmFigures) -> tuple[str, ...]:
     return (
         arm.arm,
         "reference" if is_reference else "missed" if ratio.median == 0 else factor(ratio.median),
-        f"{factor(ratio.low95)[:-1]} – {factor(ratio.high95)[:-1]}" if compared else "",
+        ends(ratio) if compared else "",
         f"{ratio.wins}/{ratio.pairs}" if compared else "",
         f"{ratio.sign_p:.3f}" if compared else "",
         number(arm.cost_median("seconds")),

@@ -1,8 +1,8 @@
 """One run of one arm, from initial weights to a RunResult.
 
-Arms that are not ours are a plain loop over trainer_node.step.train_step; ours go through the phase loop in
-lockstep with a predictor in the same process. Initial weights, batches, seed, schedule and clipping are
-the same in all of them. Chooses nothing (plan.py) and keeps nothing (results.py).
+Arms that are not ours are a plain loop over step.train_step; ours go through the phase loop, in lockstep with
+a predictor in the same process. All have the same initial weights, batches, seed, schedule and clipping.
+Chooses nothing (plan.py) and keeps nothing (results.py).
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from common import features
-from common.clock import Clock, CoreClock, SystemClock
+from common.clock import Clock, SystemClock
 from common.config import dump_settings
 from common.messages import Message
 from common.schedule import rate_factor
@@ -28,8 +29,14 @@ from trainer_node.ledger import CHECK_PASSES, TRAIN_PASSES
 from trainer_node.loop import Loop
 from trainer_node.optim.build import set_rates
 from trainer_node.race.arms import Arm, arm_named, knobs_of, run_settings
-from trainer_node.race.in_process import InProcessPredictor, PredictorFactory, installed_predictor
-from trainer_node.race.machine import forget_peak, machine, peak_bytes
+from trainer_node.race.batch_size import SAME, Scale, scale_of
+from trainer_node.race.in_process import (
+    InProcessPredictor,
+    PredictorCore,
+    PredictorFactory,
+    installed_predictor,
+)
+from trainer_node.race.machine import clock_for, forget_peak, machine, peak_bytes
 from trainer_node.race.optimizers import METHODS, Method, MethodInput
 from trainer_node.race.referee import Referee, Spent
 from trainer_node.race.run_result import PhaseSpan, RunKey, RunResult
@@ -69,9 +76,19 @@ def run_arm(
         data=data or "",
         state=str(predictor_state or ""),
     )
+    scale = scale_of(settings.trainer.batch, base.trainer.batch)
     task = prepare_task(settings.trainer)
+    if scale.passes != 1.0:  # held-out batches of another size would be other data
+        uncut = replace(settings.trainer, batch=base.trainer.batch, verify=base.trainer.verify)
+        task = replace(task, validation=prepare_task(uncut).validation)
     return run_task(
-        key, settings, task, eval_every_steps=eval_every_steps, clock=clock, after_step=after_step
+        key,
+        settings,
+        task,
+        eval_every_steps=eval_every_steps,
+        scale=scale,
+        clock=clock,
+        after_step=after_step,
     )
 
 
@@ -102,25 +119,23 @@ def run_task(
     task: Task,
     *,
     eval_every_steps: int | None = None,
+    scale: Scale = SAME,
     predictor: PredictorFactory = installed_predictor,
     clock: Clock | None = None,
     span_clock: Clock | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> RunResult:
-    """The same with a task that is ready. `settings` are those of arms.run_settings.
-
-    `clock` times the run, `span_clock` (wall) what happens within a step of ours. They are two because to ask
-    a core's clock behind a step takes 0.3 to 0.7 ms here, the wall clock 3 us, and plain arms ask neither
-    (docs/lab-log.md, 2026-11-22).
-    """
-    arm, clock = arm_named(key.arm), clock or _clock_for(settings, task)
-    share = CURVE_SHARES[arm.rule]
-    every_steps = eval_every_steps or max(1, round(share * settings.trainer.steps))
-    referee = Referee(task, settings.trainer, clock, every_steps=every_steps, after_step=after_step)
+    """The same with a task that is ready; `scale` is the worth of its steps in those of the task's batch.
+    A core's clock is slow to ask within a step (lab log, 2026-11-22): there `span_clock` (wall) is asked."""
+    arm, clock = arm_named(key.arm), clock or clock_for(settings, task)
+    share, steps = CURVE_SHARES[arm.rule], settings.trainer.steps
+    every_steps = max(1.0, eval_every_steps / scale.steps if eval_every_steps else round(share * steps))
+    referee = Referee(
+        task, settings.trainer, clock, every_steps=every_steps, scale=scale, after_step=after_step
+    )
     forget_peak(task.device)
     if arm.is_ours:
-        spans = span_clock or SystemClock()
-        return _run_ours(key, settings, task, referee, InProcessPredictor(predictor(), spans), spans)
+        return _run_ours(key, settings, task, referee, predictor(), span_clock or SystemClock())
     return _run_plain(key, arm, settings, task, referee)
 
 
@@ -180,7 +195,7 @@ def train_plainly(
         done = step + 1
         is_lost = done % FINITE_CHECK_STEPS == 0 and not math.isfinite(float(loss_sum))
         if is_lost or (referee.is_due(done) and not math.isfinite(read(done))):
-            if referee.curve[-1].steps < done:
+            if referee.read_at < done:
                 read(done)
             return done, True
     return settings.steps, not math.isfinite(read(settings.steps) + float(loss_sum))
@@ -189,20 +204,15 @@ def train_plainly(
 # ---- ours ------------------------------------------------------------------------------------
 
 
-def _clock_for(settings: RunSettings, task: Task) -> Clock:
-    """Wall time; with one thread on a CPU the core's own, which other work on the machine cannot lengthen."""
-    alone = task.device.type == "cpu" and settings.trainer.threads == 1
-    return CoreClock() if alone else SystemClock()
-
-
 def _run_ours(
     key: RunKey,
     settings: RunSettings,
     task: Task,
     referee: Referee,
-    predictor: InProcessPredictor,
+    core: PredictorCore,
     clock: Clock,
 ) -> RunResult:
+    predictor = InProcessPredictor(core, clock)
     trace = Trace()
     run = _OurRun(referee, predictor)
 
@@ -232,7 +242,7 @@ def _run_ours(
     )
     run.read(loop)
     loop.run()
-    if referee.curve[-1].steps < loop.progress.step:
+    if referee.read_at < loop.progress.clock:
         run.read(loop)
     return RunResult(
         key=key,
@@ -259,12 +269,12 @@ class _OurRun:
         losses = loop.progress.recent_losses
         if losses and not math.isfinite(losses[-1]):
             self.diverged = loop.stop_requested = True
-        elif self._referee.is_due(loop.progress.step):
+        elif self._referee.is_due(loop.progress.clock):
             self.read(loop)
 
     def read(self, loop: Loop) -> None:
         passes, guard_batches = loop.ledger.passes, loop.settings.verify.guard_batches
-        averaged = loop.settings.read_out == "average"
+        averaged = (loop.progress.controls.read_out or loop.settings.read_out) == "average"
         before = sum(passes.values())
         # To choose between weights and average takes two checks: a run that ended here would pay them once.
         choice = 2 * CHECK_PASSES * guard_batches if averaged else 0.0
@@ -273,7 +283,13 @@ class _OurRun:
             backward_passes=passes[purposes.STEPS] / TRAIN_PASSES,
             predictor_seconds=self._predictor.seconds,
         )
-        self._referee.read(loop.progress.step, spent, partial(our_read_out, loop) if averaged else None)
+        step = loop.progress.step
+        self._referee.read(
+            loop.progress.clock,
+            spent,
+            partial(our_read_out, loop) if averaged else None,
+            real_steps=step if step != loop.progress.clock else None,
+        )
         self._reading_passes += sum(passes.values()) - before
 
 

@@ -22,7 +22,7 @@ class RunKey:
     task: str
     arm: str
     config: tuple[tuple[str, Any], ...]  # sorted (setting, value): what was tuned, and nothing else
-    planned_steps: int
+    planned_steps: int  # of the task's batch: with another batch the run takes in the same tokens
     seed: int
     purpose: str  # "tune", "target", "race", "time", "audit"
 
@@ -42,13 +42,18 @@ class RunKey:
 class CurvePoint:
     """A held-out reading. All costs are cumulative and leave out evaluation."""
 
-    steps: int  # real steps kept
-    passes: float  # forward-equivalents: step 3, check 1; undone steps included
-    backward_passes: float  # micro-batches whose backward ran, undone ones included
+    steps: int  # kept, of the task's batch: the tokens that a run has learned from, whatever its batch
+    passes: float  # forward-equivalents of a micro-batch of the task: step 3, check 1; undone steps included
+    backward_passes: float  # micro-batches (of the task's size) whose backward ran, undone ones included
     trainer_seconds: float  # wall, or of the core where one thread has it alone (run_arm.py)
     predictor_seconds: float  # the same, learning included; 0 for arms without predictor
     loss: float  # held-out, of the weights as they are
     read_loss: float  # held-out, of what the arm would hand out if it ended here (averaged, ...)
+    real_steps: int | None = None  # kept, whatever their batch; None = `steps` of them
+
+    @property
+    def kept_steps(self) -> int:
+        return self.steps if self.real_steps is None else self.real_steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from common.config import load_settings
-from trainer_node.race.arms import ARMS
+from trainer_node.race.arm_table import ARMS, GROUPS
+from trainer_node.race.rules import RULES
 from trainer_node.race.run_result import RunKey
 from trainer_node.race.tasks import NEEDS_DATA, TASKS
 from trainer_node.race.waves import Wave
@@ -91,14 +92,24 @@ class RaceDisplay:
 
 
 def list_lines() -> list[str]:
-    """Tasks and arms with their meaning, for `race --list`."""
+    """Tasks, rules and arms with their meaning, for `race --list`."""
     lines = ["tasks"]
     for task in TASKS:
         trainer = load_settings(preset=f"race-{task}").trainer
         needs = "; needs --data" if task in NEEDS_DATA else ""
         lines.append(f"  {task:<16} {_MEANINGS[task]} ({trainer.steps} steps{needs})")
+    lines += ["", "rules"]
+    width = max(map(len, ARMS))
+    for rule in RULES.values():
+        result = " or ".join(rule.headlines)
+        lines.append(f"  {rule.name:<{width}} {rule.meaning}")
+        lines.append(
+            f"  {'':<{width}} the result is that of {result}, against {' or '.join(rule.plain_arms)}"
+        )
     lines += ["", "arms"]
     for arm in ARMS.values():
         wraps = f" (around {arm.wraps})" if arm.wraps else ""
-        lines.append(f"  {arm.name:<16} {arm.meaning}{wraps}")
+        lines.append(f"  {arm.name:<{width}} {arm.meaning}{wraps}")
+    lines += ["", "groups of arms"]
+    lines += [f"  {name:<{width}} {', '.join(members)}" for name, members in GROUPS.items()]
     return lines

@@ -3,7 +3,8 @@
 Trial 0 is the task's preset with the arm's own defaults. Trials 1, 2, ... are points of a scrambled Sobol
 sequence with a fixed seed (Bergstra & Bengio 2012; AlgoPerf, arXiv 2306.07179, section 4), the same
 points for all arms that tune as many settings; more trials only append. Rates and decays
-are log-uniform and the space is the same for every arm. Chooses nothing: waves.py.
+are log-uniform, batches uniform over powers of two, and the space is the same for every arm. An arm that
+starts off the tuned settings has no trials of its own. Chooses nothing: waves.py.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.settings import RunSettings
-from trainer_node.race.arms import KNOB, Arm
+from trainer_node.race.arm_table import BATCH_FACTOR, KNOB, Arm
+from trainer_node.race.batch_size import least_factor
 from trainer_node.race.plan import Config
 
 SOBOL_SEED = 20_261_121
+HIGHEST_RATE = 10.0  # that a run file may name
 FIGURES = 4  # significant, of a drawn value: configs are read by people
 
 
@@ -48,10 +51,18 @@ class OneOf:
     words: tuple[str, ...]
 
 
-Range = Around | Between | OneOf
+@dataclass(frozen=True, slots=True)
+class PowersOfTwo:
+    """Uniform over the powers of two from `low` to `high`, both among them."""
+
+    low: float
+    high: float
+
+
+Range = Around | Between | OneOf | PowersOfTwo
 RANGES: Mapping[str, Range] = {
-    "trainer.optimizer.rate": Around(8.0, high=10.0),
-    "trainer.optimizer.muon_rate": Around(8.0, high=10.0),
+    "trainer.optimizer.rate": Around(8.0, high=HIGHEST_RATE),
+    "trainer.optimizer.muon_rate": Around(8.0, high=HIGHEST_RATE),
     "trainer.optimizer.weight_decay": Around(8.0, high=10.0, centre_if_zero=0.1),
     "trainer.optimizer.beta1": Between(0.8, 0.98, of_complement=True),
     "trainer.schedule.decay_share": Between(0.1, 1.0),
@@ -59,6 +70,7 @@ RANGES: Mapping[str, Range] = {
     "trainer.basis.average_share": Between(0.01, 0.3),
     "predictor.drift_gain": Between(0.1, 2.0),
     "predictor.temper": OneOf(("conservative", "balanced", "aggressive")),
+    BATCH_FACTOR: PowersOfTwo(0.25, 4.0),  # of a batch that was chosen for the task
     "arm.average_share": Between(0.005, 0.3),
     "arm.inner_steps": Around(4.0, low=2.0),
     "arm.slow_share": Between(0.2, 0.9),
@@ -73,19 +85,32 @@ def trial_config(arm: Arm, base: RunSettings, trial: int, inner: Config = ()) ->
     """Config of one trial: the settings of the wrapped arm and this arm's own draw."""
     centre = {name: _centre(arm, base, name) for name in arm.tuned}
     chosen = dict(centre)
-    if trial:
+    if trial and arm.tuned:
         point = _sobol_point(len(arm.tuned), trial)
         chosen = {
             name: drawn(RANGES[name], centre[name], share)
             for name, share in zip(arm.tuned, point, strict=True)
         }
-    return tuple(sorted({**dict(inner), **chosen}.items()))
+    config = {**dict(inner), **chosen}
+    for name, times in arm.off_by:
+        config[name] = _off(base, name, config.get(name, _centre(arm, base, name)) * times)
+    return tuple(sorted(config.items()))
+
+
+def _off(base: RunSettings, name: str, value: float) -> float:
+    """Where the batch cannot be cut that far, as far as it can."""
+    if name == BATCH_FACTOR:
+        return max(value, least_factor(base.trainer.batch))
+    return float(f"{min(value, HIGHEST_RATE):.{FIGURES}g}")
 
 
 def drawn(over: Range, centre: Any, share: float) -> Any:
     """The value at `share` in [0, 1) of a range; of the type of its centre."""
     if isinstance(over, OneOf):
         return over.words[int(share * len(over.words))]
+    if isinstance(over, PowersOfTwo):
+        low, high = int(math.log2(over.low)), int(math.log2(over.high))
+        return 2.0 ** (low + int(share * (high - low + 1)))
     if isinstance(over, Around):
         middle = centre if centre > 0 else over.centre_if_zero
         low, high = max(over.low, middle / over.factor), min(over.high, middle * over.factor)

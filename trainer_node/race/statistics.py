@@ -74,11 +74,17 @@ def bootstrap_interval(ratios: Sequence[float]) -> tuple[float, float]:
 
     The ends are order statistics rounded outwards, so that infinities need no arithmetic.
     """
-    count = len(ratios)
+    return bootstrap_interval_of_rows([[ratio] for ratio in ratios])
+
+
+def bootstrap_interval_of_rows(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The same of the median over rows of equal length, of which whole ones are drawn."""
+    count = len(rows)
     if count < 2:
         return (0.0, math.inf) if count else (math.nan, math.nan)
     picks_RN = np.random.default_rng(BOOTSTRAP_SEED).integers(0, count, size=(RESAMPLES, count))
-    medians_R = np.sort(_ratio_medians(np.asarray(ratios, dtype=float)[picks_RN]))
+    drawn_RM = np.asarray(rows, dtype=float)[picks_RN].reshape(RESAMPLES, -1)
+    medians_R = np.sort(_ratio_medians(drawn_RM))
     low = math.floor(0.025 * (RESAMPLES - 1))
     high = math.ceil(0.975 * (RESAMPLES - 1))
     return float(medians_R[low]), float(medians_R[high])
@@ -106,6 +112,29 @@ def ratio_of(reference: Mapping[int, float], arm: Mapping[int, float]) -> Ratio:
     return Ratio(
         median=ratio_median(ratios), low95=low, high95=high, pairs=len(ratios), both_missed=both_missed,
         wins=wins, losses=losses, sign_p=sign_test(wins, losses),
+    )  # fmt: skip
+
+
+def pooled_ratio_of(reference: Mapping[int, float], arms: Sequence[Mapping[int, float]]) -> Ratio:
+    """Several arms as one: the median over arms and seeds. Seeds are what is drawn anew for the interval,
+    each with all its arms: the arms of one seed are not independent of each other.
+
+    Wins, losses and `pairs` count seeds, by the median over their arms. Left out is a seed that an arm lacks,
+    or on which the reference and some arm both missed.
+    """
+    seeds = sorted(reference.keys() & set.intersection(*(set(arm) for arm in arms)))
+    lost = [s for s in seeds if math.isinf(reference[s]) and any(math.isinf(arm[s]) for arm in arms)]
+    rows = [
+        [0.0 if math.isinf(arm[seed]) else reference[seed] / arm[seed] for arm in arms]
+        for seed in seeds
+        if seed not in lost
+    ]
+    middles = [ratio_median(row) for row in rows]
+    wins, losses = sum(m > 1 for m in middles), sum(m < 1 for m in middles)
+    low, high = bootstrap_interval_of_rows(rows)
+    return Ratio(
+        median=ratio_median([ratio for row in rows for ratio in row]), low95=low, high95=high,
+        pairs=len(rows), both_missed=len(lost), wins=wins, losses=losses, sign_p=sign_test(wins, losses),
     )  # fmt: skip
 
 

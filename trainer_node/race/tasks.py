@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from common.config import load_settings
 from common.errors import SettingsError
@@ -15,22 +14,6 @@ CPU_TASKS = ("python", "text", "deep", "digits", "regression", "large-batch")
 GPU_TASKS = ("gpt2-small",)
 TASKS = (*CPU_TASKS, *GPU_TASKS)
 NEEDS_DATA = frozenset({"text", "gpt2-small"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetRule:
-    """Where a target comes from: the median final read-out loss of the best of these arms."""
-
-    rule: str
-    plain_arms: tuple[str, ...]
-    read_mid_run: bool  # arms of this rule may cross in the middle of a run
-
-
-TARGET_RULES: Mapping[str, TargetRule] = {
-    "constant": TargetRule(rule="constant", plain_arms=("adamw-constant",), read_mid_run=True),
-    "decayed": TargetRule(rule="decayed", plain_arms=("adamw-decay", "adamw-decay-ema"), read_mid_run=False),
-    "fitted": TargetRule(rule="fitted", plain_arms=("adamw-decay", "adamw-decay-ema"), read_mid_run=False),
-}
 
 
 def race_settings(task: str, data: str = "", overrides: Iterable[str] = ()) -> RunSettings:

@@ -2,16 +2,18 @@
 
 A virtual machine is not the same from minute to minute: equal runs made one after the other differed by up
 to 15 %, and the median of ten ratios by 2 %, which is as much as is to be seen. Arms that take turns of a
-tenth of a second meet the same machine. Only the holder of the baton works; each thread's clock counts the
-time that its own thread had a core, so runs must be of one thread on a CPU. Torch's random state changes
-hands with the baton. Changes nothing of what a run computes (tests/race/test_together.py).
+tenth of a second meet the same machine, and one core of it: on two, equal runs differed by 1 to 3 % (lab log,
+2026-11-22). Only the holder of the baton works; each thread's clock counts the time that its own thread had
+a core, so runs must be of one thread on a CPU. Torch's random state changes hands with the baton. Changes
+nothing of what a run computes (tests/race/test_together.py).
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -82,17 +84,32 @@ def run_together(runs: Sequence[Run[Result]]) -> list[Result]:
                 errors[runner] = error
 
     threads = [threading.Thread(target=work, args=each, daemon=True) for each in enumerate(runs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with one_core():
+        for thread in threads:  # a thread keeps to the cores of the one that starts it
+            thread.start()
+        for thread in threads:
+            thread.join()
     if errors:
         raise errors[min(errors)]
     return [results[runner] for runner in range(len(runs))]
 
 
 @contextmanager
-def _holding(baton: Baton, runner: int):  # type: ignore[no-untyped-def]
+def one_core() -> Iterator[None]:
+    """The calling thread keeps to one of its cores, where the system lets it choose (Linux)."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})  # interrupts mostly go to the first
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+@contextmanager
+def _holding(baton: Baton, runner: int) -> Iterator[None]:
     baton.take(runner)
     try:
         yield

@@ -4,8 +4,9 @@
         twin = here.road(nothing, [0, 20, 50])     # the run without a jump
         road = here.road(jump, [0, 20, 50])        # the same batches, random draws and rates with it
 
-A road is plain training: no decisions, no windows. Everything that a step changes is put back bit
-for bit before every road and on leaving: weights, buffers, optimizers, rates, basis, random state, gradients.
+A road is plain training under the controls in force: no decisions, no windows. Everything that a step changes
+is put back bit for bit before every road and on leaving: weights, buffers, optimizers, rates, basis, random
+state, gradients.
 Judges nothing; costs no entry in the ledger of the run.
 """
 
@@ -19,11 +20,16 @@ from typing import Any
 
 from torch import Tensor
 
-from common.schedule import rate_factor
+from common.control_rules import any_on
+from trainer_node.controls import MicroBatches, halved, pieces_of, steps_left
 from trainer_node.loop import Loop
+from trainer_node.noise_scale import is_measured
 from trainer_node.optim.build import set_rates
+from trainer_node.optim.moments import follow_batch
+from trainer_node.progress import Progress, plan_of
 from trainer_node.snapshot import MemoryStore, Snapshot
-from trainer_node.step import autocast, mean_loss, train_step
+from trainer_node.step import autocast, equally, make_gradients, mean_loss, update
+from trainer_node.step_taken import StepTaken
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +53,9 @@ class Crossroads:
         if loop.basis is None:
             raise ValueError("a run without prediction holds no directions to try")
         self._loop, self._basis = loop, loop.basis
-        self.steps_left = max(0, loop.settings.steps - loop.progress.step)
+        progress = loop.progress
+        self.steps_left = max(0, steps_left(progress.controls, loop.settings, progress.clock))
+        self._micro_batches = MicroBatches(lambda position: loop.task.train.batch(position))
         self._context = partial(autocast, loop.task.device, loop.settings.precision)
         self._saved = _save(loop)
 
@@ -64,10 +72,10 @@ class Crossroads:
         self._saved.restore()
         change()
         stops = sorted({stop for stop in read_at if 0 <= stop <= self.steps_left})
-        readings, done = {}, 0
+        readings, done, progress = {}, 0, self._loop.progress.copy()
         for stop in stops:
             while done < stop:
-                self._step(self._loop.progress.step + done)
+                self._step(progress)
                 done += 1
             readings[stop] = self._read(stop)
         return readings
@@ -79,19 +87,32 @@ class Crossroads:
         """So many steps, or as many as are left."""
         return min(steps, self.steps_left)
 
-    def _step(self, step: int) -> None:
-        """Number `step` of the run, counted from 0: as Loop takes it, but unobserved."""
-        task, settings = self._loop.task, self._loop.settings
-        set_rates(self._loop.optimizers, rate_factor(step, settings.steps, settings.schedule))
-        count = settings.batch.accumulation
-        train_step(
-            task.model,
-            task.loss,
-            [task.train.batch(step * count + i) for i in range(count)],
-            self._loop.optimizers,
-            self._loop.groups,
-            clip_norm=settings.optimizer.clip_norm,
-            context=self._context,
+    def _step(self, progress: Progress) -> None:
+        """The next step of a road that has come to `progress`: as Loop takes it, but unobserved."""
+        task, settings, optimizers = self._loop.task, self._loop.settings, self._loop.optimizers
+        plan = plan_of(progress, settings)
+        set_rates(optimizers, plan.rate_factor)
+        if settings.controls.batch_betas:
+            follow_batch(optimizers, plan.betas, steps=plan.moment_steps)
+        batches = self._micro_batches.of(plan)
+        if plan.is_as_configured:
+            pieces = equally(batches)
+        else:
+            pieces = pieces_of(batches, size=plan.micro_batch_items, context_tokens=plan.context_tokens)
+        if any_on(settings.controls) and is_measured(plan.number):
+            pieces = halved(pieces)
+        loss = make_gradients(task.model, task.loss, pieces, optimizers, context=self._context)
+        tensors = update(loss, optimizers, self._loop.groups, clip_norm=settings.optimizer.clip_norm)
+        progress.count(
+            StepTaken(
+                tensors=tensors,
+                rate_factor=plan.rate_factor,
+                nominal_steps=plan.nominal_steps,
+                passes=0.0,
+                seconds=0.0,
+                wall_seconds=0.0,
+                data_seconds=0.0,
+            )
         )
 
     def _read(self, steps: int) -> Reading:

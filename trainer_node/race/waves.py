@@ -64,6 +64,8 @@ class Standing:
         inner = self._inner(arm)
         if inner is None:
             return None
+        if not self.plan.needs_trials(arm):
+            return trial_config(arm, self.plan.base, 0, inner)
         keys = [self._tuning_key(arm, trial, inner) for trial in range(self.plan.own_trials(arm))]
         if not all(map(self._is_known, keys)):
             return None
@@ -71,6 +73,9 @@ class Standing:
 
     def reference_arm(self) -> Arm | None:
         """The plain arm whose tuned config ended best at T0; None while tuning goes on."""
+        if len(self.plan.plain_arms) == 1:
+            arm = ARMS[self.plan.plain_arms[0]]
+            return arm if self.tuned(arm) is not None else None
         best: tuple[float, Arm] | None = None
         for name in self.plan.plain_arms:
             config = self.tuned(ARMS[name])
@@ -114,7 +119,8 @@ class Standing:
     def steps_ahead(self) -> int:
         """Planned steps of the runs still to come: exact for the present wave, a guess beyond it."""
         plan = self.plan
-        expected = sum(plan.own_trials(arm) for arm in plan.tuned_arms) * plan.base_steps
+        trials = sum(plan.own_trials(arm) for arm in plan.tuned_arms if plan.needs_trials(arm))
+        expected = trials * plan.base_steps
         lengths = [
             LENGTHS_EXPECTED if ARMS[name].rule != "constant" else 1 + plan.lattice.longest
             for name in plan.arms
@@ -127,7 +133,7 @@ class Standing:
 
     def _tuning_keys(self, *, wrapping: bool) -> list[RunKey]:
         keys = []
-        for arm in self.plan.tuned_arms:
+        for arm in filter(self.plan.needs_trials, self.plan.tuned_arms):
             inner = self._inner(arm)
             if bool(arm.wraps) is wrapping and inner is not None:
                 keys += [self._tuning_key(arm, trial, inner) for trial in range(self.plan.own_trials(arm))]

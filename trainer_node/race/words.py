@@ -7,20 +7,30 @@ from collections import defaultdict
 from statistics import fmean
 
 from trainer_node.race.figures import ArmFigures, RaceFigures
+from trainer_node.race.rules import RULES, headline_arm
 from trainer_node.race.statistics import Ratio, best_possible_coverage
 
-# In a fixed order, so that nobody picks the arm that came out best.
-HEADLINE_ARMS = {
-    "constant": ("ours-constant", "ours"),
-    "fitted": ("ours-phi", "ours-aggressive", "ours"),
+# Beside every result of the rule, and on the page of evidence.
+RESERVATIONS = {
+    "whole-stack": "The factor is that of the whole stack: most of it is Muon's or the schedule's where their"
+    " own rows say so. Ours took the choice of the same arm without prediction and had no trials of its own."
+    " Convolutions get no Muon: on digits its arms are AdamW.",
+    "untuned": "Nothing was tuned, least of all the reference: the factor says what another optimizer and"
+    " rate are worth to someone who would not look for them, not that prediction is fast. 3e-4 and 1e-3 come"
+    " from larger nets and longer runs; where they are too low for this one, that is in the factor. The"
+    " headline arm runs at the product's defaults; the preset's rates, those of ours-muon, come of a sweep"
+    " over this very task.",
+    "hands-free": "The sweep chose by the held-out loss after equal tokens, and what it cost is not counted."
+    " A batch that is faster by the clock may have lost there, so the tuned AdamW of the task's own batch is"
+    " raced too; the faster of both counts. Arms of ours took the sweep's choice, put it wrong on purpose,"
+    " and had no trials; a batch that cannot be cut by four is cut as far as it can.",
+    "ramp": "The sweep chose by the held-out loss after equal tokens, and what it cost is not counted. A"
+    " batch that is faster by the clock may have lost there, so the tuned AdamW of the task's own batch is"
+    " raced too; the faster of both counts.",
+    "controls": "Nothing was tuned: every arm runs at the settings of the task's preset.",
 }
 JUMPING_ARM = "ours-aggressive"  # jumps in short runs too: only there forecasts of jumps can be judged
 FEW_SEEDS = 10  # reference/speedup.md: with a 10 % spread of the ratio, 10 seeds resolve about 7 %
-
-
-def headline_arm(arms: tuple[str, ...], rule: str) -> str:
-    """The arm whose result is the headline; "" if none of them is in the race."""
-    return next((name for name in HEADLINE_ARMS.get(rule, ("ours",)) if name in arms), "")
 
 
 def comparison(arm: str, versus: str, ratio: Ratio) -> str:
@@ -47,6 +57,11 @@ def factor(ratio: float) -> str:
     return "∞" if math.isinf(ratio) else f"{ratio:.2f}×" if ratio >= 9.995 else f"{ratio:.3f}×"
 
 
+def ends(ratio: Ratio) -> str:
+    """Of the interval, for a cell: "0.98 – 1.04"."""
+    return " – ".join(factor(end).removesuffix("×") for end in (ratio.low95, ratio.high95))
+
+
 def percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f} %"
 
@@ -62,15 +77,21 @@ def headline(figures: RaceFigures) -> str:
     race = figures.race
     if race.target is None or not race.reference_arm:
         return f"The race on {race.task} is not that far yet: its target is not known."
-    arm = figures.arm(headline_arm(race.arms, race.rule))
-    if arm is None:
+    name = headline_arm(race.arms, race.rule)
+    ratio = figures.pair(name, race.reference_arm)
+    if not name:
+        result = " or ".join(RULES[race.rule].headlines)
+        first = (
+            f"This race on {race.task} has no result: {result}, on which its rule is judged, is not all in it"
+        )
+    elif ratio is None:
         first = f"This race on {race.task} has no finished arm of ours"
     else:
-        first = f"On {race.task}, " + comparison(arm.arm, race.reference_arm, arm.ratio)
+        first = f"On {race.task}, " + comparison(name, race.reference_arm, ratio)
     first += f". The target is a held-out loss of {race.target:.4g}, time is that of the core"
-    first += ", the predictor's included." if arm else "."
+    first += ", the predictor's included." if ratio else "."
     best = fastest(figures)
-    if best and (arm is None or best.arm != arm.arm):
+    if best and best.arm != name:
         first += f" The fastest arm was {best.arm} ({factor(best.ratio.median)})."
     return first
 
@@ -90,12 +111,13 @@ def reservations(figures: RaceFigures) -> list[str]:
             "All arms train at a constant rate. Such methods are usually scored like that, and it flatters"
             " them: a tuned, decayed rate takes most of the gain away. The decayed rules decide."
         )
+    lines += [RESERVATIONS[race.rule]] if race.rule in RESERVATIONS else []
     if (seeds := len(race.seeds)) < FEW_SEEDS:
         lines.append(
             f"{seeds} seed{'s' * (seeds != 1)}: an interval of their median covers at most"
             f" {percent(best_possible_coverage(seeds))}, whatever it is called; claims need {FEW_SEEDS}."
         )
-    if race.trials <= 1:
+    if race.trials <= 1 and RULES[race.rule].tunes:
         lines.append("One trial an arm: nothing was tuned, so differences may be those of a lucky setting.")
     lines += _about_overtraining(figures) + _about_misses(figures)
     if race.in_distribution:

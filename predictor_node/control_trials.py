@@ -1,0 +1,244 @@
+"""Trials of controls: the one that is open, those that are over, and what they teach. State of the pilot.
+
+Owns the bandit, the budget and the pacing, and keeps them in step. The bandit learns by how much the
+estimates of control_arms.py are wrong: its target is reward less forecast, so an arm that was never tried is
+worth its estimate. The budget counts costs only: trials may cost `predictor.control_share` of the run's
+passes at most, whatever they gain; a run in ruin is exempt. Proposes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from common.control_rules import words
+from common.errors import CheckpointError
+from common.messages import APPLIED_VERDICTS, Controls, Outcome, Verdict
+from common.settings import RunSettings
+from common.trial_seen import seen_of, seen_words
+from common.trying import check_passes
+from predictor_node.bandit import REST, LinUCB
+from predictor_node.budget import ExplorationBudget
+from predictor_node.control_arms import BATCH, NAMES, RATE_UP, WORSE, Candidate
+from predictor_node.control_reward import worth_of
+from predictor_node.experience import TRAIN_PASSES
+from predictor_node.reward import UNDONE
+from predictor_node.tempers import TEMPERS
+
+CONTEXT_NAMES = (
+    "one", "progress", "rate_over_peak", "log2_rate_factor", "log2_batch_factor", "noise_scale", "slope",
+)  # fmt: skip
+TRUST_RIDGE = 8.0  # one refusal does not end an arm: the judge refuses one good trial in six by noise alone
+KEPT_TRIALS = 50
+CONTEXT_WAIT_WINDOWS = 4  # until a context that was refused its growth is asked for again
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A proposal whose outcome is not known yet."""
+
+    decision_id: str
+    arm: str
+    base_step: int
+    clock: float
+    before: Controls
+    controls: Controls
+    context: tuple[float, ...]
+    gain: float  # forecast
+    reason: str
+    slope_nats: float  # per ordinary step without it, positive = falling
+    expected_passes: float
+    is_exempt: bool
+    num_steps: int = 0  # of its probation, seen so far
+    log10_seconds: float = 0.0  # their sum
+
+    def stepped(self, log10_seconds: float) -> Trial:
+        return replace(self, num_steps=self.num_steps + 1, log10_seconds=self.log10_seconds + log10_seconds)
+
+    @property
+    def step_seconds(self) -> float:
+        return 10.0 ** (self.log10_seconds / self.num_steps) if self.num_steps else math.nan
+
+
+class ControlTrials:
+    def __init__(self, settings: RunSettings) -> None:
+        trainer = settings.trainer
+        self._trainer, self._temper = trainer, TEMPERS[settings.predictor.temper]
+        self._step_passes = TRAIN_PASSES * trainer.batch.accumulation
+        self.bandit = LinUCB(
+            (REST, *NAMES), len(CONTEXT_NAMES), alpha=self._temper.optimism, ridge=TRUST_RIDGE
+        )
+        self.budget = ExplorationBudget(
+            settings.predictor.control_share,
+            planned_passes=self._step_passes * trainer.steps,
+            worst_factor=1.0,
+        )
+        self.open: Trial | None = None
+        self.over: tuple[dict[str, Any], ...] = ()  # newest last; what inspect shows
+        self.not_before: dict[str, float] = {}  # kind of arm -> nominal step
+        self.ruins_in_a_row = 0  # refused ways out of ruin
+        self.climb_gain = math.nan
+        self._applied, self._undone = 0, 0
+
+    def stepped(self, batch_factor: float) -> None:
+        self.budget.ran(self._step_passes * batch_factor)
+
+    def chosen(self, candidates: Sequence[Candidate], context: tuple[float, ...]) -> Candidate | None:
+        """The affordable one with the highest upper bound above 0, the first of equals."""
+        best, best_upper = None, 0.0
+        for candidate, (mean, width) in self._scored(candidates, context):
+            upper = candidate.gain + mean + width
+            if upper > best_upper and self.affordable(candidate):
+                best, best_upper = candidate, upper
+        return best
+
+    def affordable(self, candidate: Candidate) -> bool:
+        """A climb must leave enough for the way back."""
+        if candidate.is_exempt:
+            return True
+        worst = self._worst_passes(candidate.controls)
+        if candidate.arm in RATE_UP:
+            worst += check_passes(self._trainer)
+        return self.budget.allows(self.expected_passes(candidate), worst)
+
+    def expected_passes(self, candidate: Candidate) -> float:
+        refusal = (self._undone + 1.0) / (self._applied + 3.0)
+        checks = check_passes(self._trainer)
+        return checks + refusal * (self._worst_passes(candidate.controls) - checks)
+
+    def _worst_passes(self, controls: Controls) -> float:
+        steps = self._trainer.probation_steps
+        return check_passes(self._trainer) + steps * self._step_passes * controls.batch_factor
+
+    def _scored(
+        self, candidates: Sequence[Candidate], context: tuple[float, ...]
+    ) -> list[tuple[Candidate, tuple[float, float]]]:
+        scores = self.bandit.score(context)
+        return [(candidate, scores[candidate.arm]) for candidate in candidates]
+
+    def settle(self, outcome: Outcome, *, ordinary_seconds: float = math.nan) -> Trial | None:
+        """The trial that is over with this outcome, if it is one of ours.
+
+        ordinary_seconds: of a step with the controls of before, in the unit of the outcome; NaN = as it says.
+        """
+        trial = self.open
+        if trial is None or trial.decision_id != outcome.decision_id:
+            return None
+        self.open = None
+        seen, reward = worth_of(
+            outcome,
+            slope_nats=trial.slope_nats,
+            step_seconds=trial.step_seconds,
+            ordinary_seconds=ordinary_seconds,
+            batch_change=trial.controls.batch_factor / trial.before.batch_factor,
+        )
+        if trial.is_exempt or kind_of(trial.arm) not in ("rate:up", "rate:down", *BATCH):
+            # Losses of other contexts do not compare, and beside a ruin every gain is beyond measure.
+            seen, reward = math.nan, reward if reward == UNDONE else None
+        is_judged = outcome.verdict in APPLIED_VERDICTS and outcome.verdict is not Verdict.ABORTED
+        if is_judged:
+            kept = outcome.verdict is Verdict.ACCEPTED
+            self._applied, self._undone = self._applied + 1, self._undone + (not kept)
+            self._pace(trial, kept=kept, seen=seen)
+            if reward is not None and not trial.is_exempt:
+                self.bandit.update(trial.arm, trial.context, reward - trial.gain, trial.decision_id)
+        elif outcome.verdict in (Verdict.MALFORMED, Verdict.FAILED):
+            self._pace(trial, kept=False, seen=math.nan)
+        if outcome.verdict in APPLIED_VERDICTS and not trial.is_exempt:
+            self.budget.settle(trial.expected_passes, max(0.0, outcome.passes), 0.0)
+        self._close(trial, outcome.verdict.value, _told(trial, outcome))
+        return trial
+
+    def lose(self) -> None:
+        """What became of the open trial was never told."""
+        if self.open is not None:
+            self._close(self.open, "lost", "")
+            self.open = None
+
+    def _pace(self, trial: Trial, *, kept: bool, seen: float) -> None:
+        kind = kind_of(trial.arm)
+        if kind == "rate:down" and (trial.is_exempt or kept):
+            self.ruins_in_a_row = 0 if kept else self.ruins_in_a_row + 1
+            self.climb_gain = math.nan
+            self.not_before["rate:up"] = self._later(trial)  # what ruined a run once
+            return
+        if kind == "rate:up":
+            self.climb_gain = seen if kept else math.nan
+            kept = kept and not seen < WORSE
+        if kept:
+            return
+        if kind.startswith("rate:"):
+            self.not_before[trial.arm] = 2.0 * self._later(trial)  # first a smaller one
+        self.not_before[kind] = self._later(trial)
+
+    def _later(self, trial: Trial) -> float:
+        """When the run is twice as long; a context that must grow is asked for sooner."""
+        if kind_of(trial.arm) == "context" and trial.before.context_tokens:
+            return trial.clock + CONTEXT_WAIT_WINDOWS * self._trainer.window_steps
+        return 2.0 * trial.clock
+
+    def _close(self, trial: Trial, verdict: str, seen: str) -> None:
+        entry = {
+            "decision_id": trial.decision_id,
+            "step": trial.base_step,
+            "arm": trial.arm,
+            "change": words(trial.before, trial.controls),
+            "reason": trial.reason,
+            "verdict": verdict,
+            "forecast": trial.gain,
+            "seen": seen,
+        }
+        self.over = (*self.over[-(KEPT_TRIALS - 1) :], entry)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "bandit": self.bandit.state(),
+            "budget": self.budget.state(),
+            "open": asdict(self.open) if self.open else None,
+            "over": [dict(entry) for entry in self.over],
+            "not_before": dict(self.not_before),
+            "ruins_in_a_row": self.ruins_in_a_row,
+            "climb_gain": self.climb_gain,
+            "judged": [self._applied, self._undone],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Raises CheckpointError."""
+        try:
+            self.bandit.load(state["bandit"])
+            self.budget.load(state["budget"])
+            self.open = _trial_from(state["open"]) if state["open"] else None
+            self.over = tuple(dict(entry) for entry in state["over"])
+            self.not_before = {str(kind): float(clock) for kind, clock in state["not_before"].items()}
+            self.ruins_in_a_row, self.climb_gain = int(state["ruins_in_a_row"]), float(state["climb_gain"])
+            self._applied, self._undone = (int(count) for count in state["judged"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"damaged trials of controls: {error!r}") from None
+
+
+def is_kept(outcome: Outcome) -> bool:
+    """Without the guard a change that is refused stays: nothing is undone."""
+    is_undone = outcome.lost_steps > 0 or not outcome.probation_steps
+    return outcome.verdict is Verdict.ACCEPTED or (outcome.verdict is Verdict.REFUSED and not is_undone)
+
+
+def _told(trial: Trial, outcome: Outcome) -> str:
+    """What was seen, in the words of the page."""
+    seen = seen_of(outcome, before=trial.before, after=trial.controls, step_seconds=trial.step_seconds)
+    return seen_words(seen, outcome)
+
+
+def kind_of(arm: str) -> str:
+    """What is paced together."""
+    if arm in RATE_UP:
+        return "rate:up"
+    if arm.startswith("rate:"):
+        return "rate:down"
+    return arm.split(":")[0] if arm.startswith("context:") else arm
+
+
+def _trial_from(values: Mapping[str, Any]) -> Trial:
+    controls = {name: Controls(**values[name]) for name in ("before", "controls")}
+    return Trial(**{**values, **controls, "context": tuple(values["context"])})
