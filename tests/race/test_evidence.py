@@ -207,9 +207,26 @@ def test_honest_rules_take_the_harder_of_the_plain_arms_and_need_half_of_the_tas
     unsure = renamed(changed(made, adamw_decay=(1.5, 1.4), adamw_decay_ema=(1.2, 1.04)), "unsure")
     assert honest_rules([good, unsure])[0].startswith("Cold. **Met**: 1 of 2")
     assert honest_rules([unsure])[0].startswith("Cold. **Not met**: 0 of 1")
-    assert "Fitted on earlier runs of the same job. **No evidence yet.**" in "\n".join(honest_rules([good]))
+    assert "Fitted on 4 earlier runs of the same job. **No evidence yet.**" in "\n".join(honest_rules([good]))
     fitted = "\n".join(honest_rules([renamed(good, "good", "fitted")]))
     assert "**Not met**: 0 of 1 tasks reach 1.4×" in fitted
+
+
+def test_races_on_other_numbers_of_earlier_runs_keep_apart_and_are_no_tasks_of_their_own(
+    made: Evidence, tmp_path: Path
+) -> None:
+    fitted = renamed(changed(made, adamw_decay=(1.5, 1.4), adamw_decay_ema=(1.6, 1.5)), "python", "fitted")
+    slow = renamed(changed(made, adamw_decay=(0.9, 0.8), adamw_decay_ema=(0.9, 0.8)), "python", "fitted")
+    races = [dataclasses.replace(fitted, fitted_on=4)]
+    races += [dataclasses.replace(slow, fitted_on=runs) for runs in (1, 16)]
+    paths = [evidence.write(tmp_path, race) for race in races]
+    assert [path.name for path in paths] == [
+        "python.fitted.json", "python.fitted-1.json", "python.fitted-16.json",
+    ]  # fmt: skip
+    assert {race.fitted_on for race in evidence.read_all(tmp_path)} == {1, 4, 16}
+    said = "\n".join(honest_rules(races))
+    assert "1 of 1 tasks reach 1.4×" in said
+    assert "| python, fitted on 16 |" in said
 
 
 def test_an_unfinished_race_is_marked_wherever_it_counts(made: Evidence, tmp_path: Path) -> None:

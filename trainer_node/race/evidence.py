@@ -1,5 +1,6 @@
 """Committed results: docs/evidence/<task>.<rule>.json, one per finished race, read strictly.
 
+`<rule>` is `fitted` for as many earlier runs as the goal is stated for, and `fitted-N` for another number.
 A file is written by a race (`write_report` puts it beside report.json; copy it to docs/evidence), never
 typed. Figures are finite or null; null with `misses` above zero is "never", and a ratio is null where
 neither side or only the arm reached the target. `python -m trainer_node.race.evidence` renders
@@ -28,6 +29,7 @@ from trainer_node.race.words import JUMPING_ARM
 RULES = tuple(RACE_RULES)
 FOLDER = Path("docs/evidence")
 PAGE = Path("docs/evidence.md")
+GOAL_FITTED_ON = 4  # earlier runs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,11 +91,21 @@ class Evidence:
     pairs: tuple[PairEvidence, ...] = ()  # the headline arm and the one that jumps against all others; parts
     missing: tuple[str, ...] = ()
     in_distribution: tuple[str, ...] = ()
+    fitted_on: int = 0  # earlier runs; 0: none, or as many as the goal is stated for
     notes: tuple[str, ...] = ()
 
     @property
+    def is_as_the_goal(self) -> bool:
+        """Fitted on as many runs as the goal is stated for, if at all."""
+        return self.fitted_on in (0, GOAL_FITTED_ON)
+
+    @property
+    def full_rule(self) -> str:
+        return self.rule if self.is_as_the_goal else f"{self.rule}-{self.fitted_on}"
+
+    @property
     def file_name(self) -> str:
-        return f"{self.task}.{self.rule}.json"
+        return f"{self.task}.{self.full_rule}.json"
 
     def against(self, versus: str, *, arm: str = "") -> PairEvidence | None:
         """The headline arm, or `arm`, against another one."""
@@ -138,6 +150,7 @@ def evidence_of(figures: RaceFigures) -> Evidence:
         ),
         missing=figures.missing,
         in_distribution=race.in_distribution,
+        fitted_on=race.fitted_on,
     )
 
 
@@ -189,7 +202,9 @@ def read(path: Path) -> Evidence:
     except (ValueError, OSError) as error:
         raise SettingsError(f"{path}: {error}; write it with the race, not by hand") from None
     if evidence.file_name != path.name:
-        raise SettingsError(f"{path}: holds {evidence.task}, {evidence.rule}: name it {evidence.file_name}")
+        raise SettingsError(
+            f"{path}: holds {evidence.task}, {evidence.full_rule}: name it {evidence.file_name}"
+        )
     return evidence
 
 

@@ -73,7 +73,7 @@ def _result(evidence: Evidence) -> str:
     arms = sorted(evidence.arms.items(), key=lambda item: (-(item[1].ratio_median or 0.0), item[0]))
     head = ("arm", "speed", "95 %", "p", "seconds", "on a spare core", "passes", "final loss", "missed")
     lines = [
-        f"## {evidence.task}, {evidence.rule}",
+        f"## {evidence.task}, {evidence.full_rule}",
         "",
         f"Target {evidence.target:.5g}, T0 = {evidence.base_steps:,} steps, {len(evidence.seeds)} seeds,"
         f" {evidence.trials} trials, reference {evidence.reference_arm or 'not stated'}."

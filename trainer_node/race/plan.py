@@ -50,6 +50,7 @@ class RaceRecord:
     notes: tuple[str, ...] = ()  # failed runs and the like, one line each
     total_trials: int = 0  # spent on every arm, those of the arm that it wraps included
     in_distribution: tuple[str, ...] = ()  # arms whose predictor was fitted on earlier runs of this task
+    fitted_on: int = 0  # how many runs these were
 
 
 @dataclass(frozen=True, kw_only=True)

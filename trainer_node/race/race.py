@@ -211,6 +211,7 @@ def record_of(
         incomplete=tuple(name for name in plan.arms if standing.missing_of(ARMS[name])),
         notes=tuple(notes),
         in_distribution=tuple(name for name in plan.arms if plan.rule == "fitted" and ARMS[name].is_ours),
+        fitted_on=options.fitted_on or 0,
     )
 
 
