@@ -66,6 +66,16 @@ class Browser:
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
 
+    def open_fresh(self, url: str) -> None:
+        """Leaves the page before, with its complaints: its event stream asks on after its server stopped.
+
+        What it said may still lie unread in the pipe, so it is forgotten only after an answer of the next page.
+        """
+        self.open("about:blank")  # also because a mere change of the hash would not load anything
+        self.evaluate("0")
+        self.complaints.clear()
+        self.open(url)
+
     def evaluate(self, script: str) -> Any:
         """The value of a JavaScript expression in the page; a promise is waited for."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
@@ -135,19 +145,29 @@ class Browser:
                 return dict(message["result"])
             self._note(message)
 
+    def wait_for_unread(self, text: bytes, *, deadline_seconds: float = 20.0) -> None:
+        """Until the browser has said this, without taking note of it."""
+        deadline = time.monotonic() + deadline_seconds
+        while text not in self._buffer:
+            self._read_more(deadline)
+
     def _receive(self, deadline: float) -> dict[str, Any]:
         while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._in], [], [], max(0.0, deadline - time.monotonic()))
-            chunk = os.read(self._in, 1 << 16) if ready else b""
-            if not chunk:
-                raise AssertionError("the browser does not answer")
-            self._buffer += chunk
+            self._read_more(deadline)
         line, _, self._buffer = self._buffer.partition(b"\0")
         return dict(json.loads(line))
+
+    def _read_more(self, deadline: float) -> None:
+        ready, _, _ = select.select([self._in], [], [], max(0.0, deadline - time.monotonic()))
+        chunk = os.read(self._in, 1 << 16) if ready else b""
+        if not chunk:
+            raise AssertionError("the browser does not answer")
+        self._buffer += chunk
 
     def _note(self, message: dict[str, Any]) -> None:
         parameters = message.get("params", {})
         if message.get("method") == "Runtime.exceptionThrown":
             self.complaints.append(str(parameters["exceptionDetails"]))
         if message.get("method") == "Log.entryAdded" and parameters["entry"]["level"] == "error":
-            self.complaints.append(parameters["entry"]["text"])
+            entry = parameters["entry"]
+            self.complaints.append(f"{entry['text']} ({entry.get('url', 'no address')})")

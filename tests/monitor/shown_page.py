@@ -56,9 +56,7 @@ class Shown:
 
     def open_in(self, browser: Browser, view: str = "") -> None:
         """Waits for the words; `view` is what stands behind # in the address."""
-        browser.complaints.clear()
-        browser.open("about:blank")  # a mere change of the hash would not load anything
-        browser.open(self.server.url + view)
+        browser.open_fresh(self.server.url + view)
         browser.wait_until("document.getElementById('run-id')?.innerText.length > 1")
 
 

@@ -50,6 +50,21 @@ def test_the_page_shows_the_run_and_follows_it_live(browser: Browser, shown: Sho
     assert browser.complaints == []
 
 
+def test_what_a_page_that_was_left_complained_of_is_not_held_against_the_next(browser: Browser) -> None:
+    """Else a test fails by the event stream of the test before it, whose server has stopped."""
+    left, opened = Shown("left"), Shown("opened")
+    try:
+        for shown in (left, opened):
+            shown.tell(fake.started(shown.view.run_id))
+        left.open_in(browser)
+        left.server.stop()
+        browser.wait_for_unread(b"ERR_CONNECTION_REFUSED")
+        opened.open_in(browser)
+        assert browser.complaints == []
+    finally:
+        opened.server.stop()
+
+
 def test_sizes_of_readings_are_shown_as_sizes_and_every_column_has_a_heading(
     browser: Browser, shown: Shown
 ) -> None:

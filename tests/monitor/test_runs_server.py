@@ -112,8 +112,7 @@ COLUMN = "[...document.querySelectorAll('#rows tr')].map(r => r.children[{}].fir
 def test_the_page_draws_the_runs_sorts_them_and_follows_the_folder(
     page: ComparePage, browser: Browser, tmp_path: Path
 ) -> None:
-    browser.complaints.clear()
-    browser.open(page.url)
+    browser.open_fresh(page.url)
     browser.wait_until(
         "document.querySelectorAll('#rows tr').length === 3", deadline_seconds=DEADLINE_SECONDS
     )
