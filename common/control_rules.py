@@ -31,7 +31,6 @@ SWITCH_OF = {
     "read_out": "read_out",
 }
 _SLACK = 1.0 + 1e-9  # of a product of powers
-PROOF_SPREADS = 2.0  # by which another rate must beat the forecast of the run without it
 
 
 def any_on(controls: ControlSettings) -> bool:
@@ -75,17 +74,20 @@ def rate_factor_of(controls: Controls, rule: str) -> float:
     return controls.rate_factor * math.pow(controls.batch_factor, power)
 
 
-def tolerance_of(wanted: Controls, now: Controls, *, tolerance: float, forecast_change_nats: float) -> float:
-    """Spreads above the forecast up to which the judge keeps a change; negative: it must lie below.
+def is_beside_twin(wanted: Controls, now: Controls) -> bool:
+    """Whether a trial of `wanted` is judged beside a real run without it (trainer_node/control_twin.py).
 
-    A rate that is too high does its harm later than a probation lasts, and a lower one collects at once the
-    noise that the higher one kept up: in a run that makes progress, another rate must prove itself. Where
-    the loss is not forecast to fall, a lower rate needs no proof. `forecast_change_nats`: without the change.
+    Where only rate and batch change: losses of other contexts do not compare, and over some steps an early
+    tail always looks good.
     """
-    is_rescue = wanted.rate_factor < now.rate_factor and not forecast_change_nats < 0.0
-    if wanted.rate_factor == now.rate_factor or is_rescue:
-        return tolerance
-    return -PROOF_SPREADS
+    alike = replace(now, rate_factor=wanted.rate_factor, batch_factor=wanted.batch_factor)
+    return wanted == alike != now
+
+
+def trial_steps(wanted: Controls, now: Controls, settings: TrainerSettings) -> int:
+    """Real steps after which `wanted` is judged. Beside a twin they are more than a jump's: averaged over too
+    few steps a lower rate still looks better than it is (docs/lab-log.md, 2026-11-22)."""
+    return settings.controls.trial_steps if is_beside_twin(wanted, now) else settings.probation_steps
 
 
 def schedule_of(controls: Controls, settings: TrainerSettings) -> tuple[int, ScheduleSettings]:

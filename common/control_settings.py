@@ -16,6 +16,9 @@ class ControlSettings:
     context: bool = setting(False, "text: the predictor may train on shorter windows of the same tokens")
     decay: bool = setting(False, "wsd: the predictor may choose when the decay of the rate begins and ends")
     read_out: bool = setting(False, "the predictor may choose which weights are handed out")
+    trial_steps: int = setting(
+        32, "real steps of a trial of another rate or batch, and of the run without it", low=2, high=1 << 20
+    )
     rate_low: float = setting(1 / 64, "least rate_factor of a run", low=1e-6, high=1.0)
     rate_high: float = setting(64.0, "greatest rate_factor of a run", low=1.0, high=1e6)
     rate_change: float = setting(4.0, "most that one decision changes it by, as a factor", low=1.0, high=1e6)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from common import features
 from common.codec import encode
 from common.config import dump_settings
+from common.control_rules import any_on
 from common.errors import SettingsError
 from common.messages import (
     DIRECTIONS,
@@ -100,7 +101,8 @@ def decision_cost(settings: RunSettings) -> DecisionCost:
     check = CHECK_PASSES * trainer.verify.guard_batches
     chunks = _most_chunks(settings)
     kept = (2 + chunks) * check  # before the jump, after each part, after the probation
-    refused = kept + trainer.probation_steps * step
+    longest_steps = max(trainer.probation_steps, trainer.controls.trial_steps * any_on(trainer.controls))
+    refused = kept + longest_steps * step
     return DecisionCost(rest=0.0, ruined=(1 + chunks) * check, kept=kept, refused=refused, step=step)
 
 

@@ -258,7 +258,7 @@ class PredictorSettings:
         0.0, "learned: share of the parabola's correction after the first CORRECT step", low=0.0, high=1.0
     )
     control_share: float = setting(
-        0.05, "of the run's work, what trying controls may cost at most", low=0.0, high=1.0
+        0.1, "of the run's work, what trying controls may cost at most", low=0.0, high=1.0
     )
     state: str = setting("", "learned: a state of an earlier run to start from (predictor-node fit)")
 

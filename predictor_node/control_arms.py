@@ -1,19 +1,15 @@
 """The controls that may be tried here and now, each with what it is forecast to bring and why. Pure.
 
-    rate:/4, rate:/2    of need: signs of ruin, a spike that the trainer rolled back, a climb that is worse
-                        than the lower rate's own forecast
+    rate:/4, rate:/2    of need: signs of ruin, a spike that the trainer rolled back
     rate:x4, rate:x2    of free will: climb while the loss falls visibly, by the most that is allowed, as a
                         large step shows in few steps what a small one hides in noise. Stops at the first
                         that is refused; half of it is tried when the run is twice as long, the whole when
-                        it is four times as long. One that was kept and lost half of the progress is undone
-    rate:/4, rate:/2    of free will: as a climb, only after one was refused and none was kept
+                        it is four times as long
+    rate:/4, rate:/2    of free will: as a climb, only after one was refused
 
-                        The judge wants proof of another rate (control_rules.tolerance_of): over some steps a
-                        lower one looks better, since the loss falls at once by the noise that the higher rate
-                        kept up (the short-horizon bias, Wu et al. 2018, arXiv 1803.02021), and a higher one
-                        worse. Measured 2026-11-22, step 48, 8 steps, end less forecast in spreads:
-                        x4 at a quarter of the best rate digits -6, regression +8, python -5; at the best
-                        0, +68, +6; /4 at four times the best +1, -3, python 0; at the best +3, +1, +8
+                        Rate and batch are judged beside a real run without the change, by averaged weights
+                        (trainer_node/control_twin.py): by the last weights of some steps a lower rate looks
+                        better than it is (the short-horizon bias, Wu et al. 2018, arXiv 1803.02021)
     batch:x2, batch:/2  batch_law.py, where it forecasts MIN_GAIN
     context:shorter     once, early: a quarter of the context, for the first half of the run
     context:longer      the next longer divisor when its time has come
@@ -34,7 +30,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from common.control_rules import breach, schedule_of
+from common.control_rules import breach, schedule_of, trial_steps
 from common.messages import Controls
 from common.schedule import decay_start_step
 from common.settings import RunSettings
@@ -50,7 +46,6 @@ NAMES = (*RATE_UP, *RATE_DOWN, *BATCH, SHORTER, LONGER, DECAY, AVERAGE)
 
 MIN_GAIN = 0.05  # of progress per second: below that a trial is not worth its checks
 CLIMB_GAIN = 0.2  # forecast of the first rate:x2; well below the best rate progress goes with it. Guess
-WORSE, TAKEN_BACK = -0.1, -0.5  # seen with a kept climb: it ends here; it is taken back
 VISIBLE = -3.0  # deviations: at a point in forty noise alone shows two
 CLIMB_SHARE = 0.6  # of the steps before the tail, in which the rate may rise
 SHORT_GAIN = 0.1  # forecast of a quarter of the context. Guess, untested
@@ -87,7 +82,6 @@ class Situation:
     seen_steps: int = 0  # under the present controls
     is_lowered: bool = False  # the rate: by the newest change, or below its schedule
     rolled_back: bool = False  # the trainer went back to a checkpoint since the last decision
-    worse_climb: str = ""  # in words, why the newest climb is to be undone
     climb_gain: float = math.nan  # seen with the newest kept climb
     not_before: Mapping[str, float] = field(default_factory=dict)  # kind of arm -> nominal step
 
@@ -106,7 +100,7 @@ class Situation:
 
 
 def urgent(here: Situation) -> Candidate | None:
-    """What cannot wait: the run is being ruined, or a climb has turned out worse."""
+    """What cannot wait: the run is being ruined."""
     if not here.settings.trainer.controls.rate:
         return None
     total_steps = here.settings.trainer.steps
@@ -114,12 +108,7 @@ def urgent(here: Situation) -> Candidate | None:
     why = ruin_words(here.evidence, is_early=early, is_lowered=here.is_lowered)
     if here.rolled_back and not why:
         return _lower(here, "the trainer rolled back a spike", (0.25, 0.5) if early else (0.5,))
-    if why:
-        return _lower(here, why, (0.25, 0.5))
-    if here.worse_climb:
-        lower = _lower(here, here.worse_climb, (0.5,))
-        return lower and replace(lower, is_exempt=False)
-    return None
+    return _lower(here, why, (0.25, 0.5)) if why else None
 
 
 def due(here: Situation) -> Candidate | None:
@@ -144,8 +133,9 @@ def candidates(here: Situation) -> list[Candidate]:
 def breached(here: Situation, wanted: Controls) -> str:
     """What is wrong with a change here; a run that ends before it is judged included."""
     trainer = here.settings.trainer
-    if schedule_of(wanted, trainer)[0] - here.clock < trainer.probation_steps * wanted.batch_factor:
-        return "too few steps left for probation"
+    steps = trial_steps(wanted, here.now, trainer)
+    if schedule_of(wanted, trainer)[0] - here.clock < steps * wanted.batch_factor:
+        return "too few steps left for a trial"
     return breach(wanted, now=here.now, settings=trainer, clock=here.clock)
 
 
@@ -170,10 +160,9 @@ def _climbs(here: Situation) -> Iterator[Candidate]:
 
 def _descents(here: Situation) -> Iterator[Candidate]:
     """Only where a climb was refused: one of the two is in vain, and a trial costs much."""
-    was_climbed = here.now.rate_factor > 1.0
-    if was_climbed or "rate:up" not in here.not_before or not _may_move_rate(here, "rate:down"):
+    if "rate:up" not in here.not_before or not _may_move_rate(here, "rate:down"):
         return
-    yield from _largest(here, RATE_DOWN, MIN_GAIN, "a higher rate was no better")
+    yield from _largest(here, {"rate:/2": 0.5}, MIN_GAIN, "a higher rate was no better")
 
 
 def _may_move_rate(here: Situation, kind: str) -> bool:

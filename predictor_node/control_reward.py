@@ -7,6 +7,10 @@ seen     = gained / time                         share of progress per second, c
 reward   = tanh((gained - cost) / time)          accepted
          = -1                                    refused or ruined
          = None                                  anything else, or not measured
+
+Beside a twin (rate, batch) nothing is forecast: loss_forecast is that of the run without the change after as
+much time, so seen = (loss_forecast - loss_end) / (loss_before - loss_forecast), where that fall is at least
+what a guard loss shakes by. The steps that the twin lost are the price of knowing, not part of the worth.
 """
 
 from __future__ import annotations
@@ -44,6 +48,26 @@ def worth_of(
     if outcome.verdict is not Verdict.ACCEPTED or not math.isfinite(seen - cost_share):
         return seen, None
     return seen, math.tanh(seen - cost_share)
+
+
+def worth_beside_twin(outcome: Outcome) -> tuple[float, float | None]:
+    """(seen, reward) of a trial of another rate or batch; seen is NaN where nothing was measured."""
+    gained_nats = outcome.loss_forecast - outcome.loss_end
+    shake_nats = outcome.loss_spread if math.isfinite(outcome.loss_spread) else 0.0
+    floor_nats = max(shake_nats, TINY_SLOPE_SHARE * abs(outcome.loss_forecast))
+    fall_nats = max(outcome.loss_before - outcome.loss_forecast, floor_nats)
+    seen = gained_nats / fall_nats if fall_nats > 0.0 else math.nan
+    seen = max(-MOST_SEEN, min(MOST_SEEN, seen)) if math.isfinite(seen) else math.nan
+    if outcome.verdict in (Verdict.REFUSED, Verdict.RUINED):
+        return seen, UNDONE
+    steps = cost_steps(replace(outcome, lost_seconds=0.0))
+    if (
+        outcome.verdict is not Verdict.ACCEPTED
+        or not outcome.probation_steps
+        or not math.isfinite(seen - steps)
+    ):
+        return seen, None
+    return seen, math.tanh(seen - steps / outcome.probation_steps)
 
 
 def _seen(

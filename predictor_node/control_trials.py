@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from common.control_rules import words
+from common.control_rules import is_beside_twin, trial_steps, words
 from common.errors import CheckpointError
 from common.messages import APPLIED_VERDICTS, Controls, Outcome, Verdict
 from common.settings import RunSettings
@@ -21,8 +21,8 @@ from common.trial_seen import seen_of, seen_words
 from common.trying import check_passes
 from predictor_node.bandit import REST, LinUCB
 from predictor_node.budget import ExplorationBudget
-from predictor_node.control_arms import BATCH, NAMES, RATE_UP, WORSE, Candidate
-from predictor_node.control_reward import worth_of
+from predictor_node.control_arms import BATCH, NAMES, RATE_UP, Candidate
+from predictor_node.control_reward import worth_beside_twin, worth_of
 from predictor_node.experience import TRAIN_PASSES
 from predictor_node.reward import UNDONE
 from predictor_node.tempers import TEMPERS
@@ -32,6 +32,8 @@ CONTEXT_NAMES = (
 )  # fmt: skip
 TRUST_RIDGE = 8.0  # one refusal does not end an arm: the judge refuses one good trial in six by noise alone
 KEPT_TRIALS = 50
+LUCK = 0.5  # of what was seen with a kept change counts as gained: those that are kept are the lucky ones
+LATER = 4.0  # times as long the run must be before what was refused is tried again
 CONTEXT_WAIT_WINDOWS = 4  # until a context that was refused its growth is asked for again
 
 
@@ -42,6 +44,7 @@ class Trial:
     decision_id: str
     arm: str
     base_step: int
+    attempt: int  # of its own steps
     clock: float
     before: Controls
     controls: Controls
@@ -85,31 +88,34 @@ class ControlTrials:
     def stepped(self, batch_factor: float) -> None:
         self.budget.ran(self._step_passes * batch_factor)
 
-    def chosen(self, candidates: Sequence[Candidate], context: tuple[float, ...]) -> Candidate | None:
+    def chosen(
+        self, candidates: Sequence[Candidate], context: tuple[float, ...], now: Controls
+    ) -> Candidate | None:
         """The affordable one with the highest upper bound above 0, the first of equals."""
         best, best_upper = None, 0.0
         for candidate, (mean, width) in self._scored(candidates, context):
             upper = candidate.gain + mean + width
-            if upper > best_upper and self.affordable(candidate):
+            if upper > best_upper and self.affordable(candidate, now):
                 best, best_upper = candidate, upper
         return best
 
-    def affordable(self, candidate: Candidate) -> bool:
-        """A climb must leave enough for the way back."""
+    def affordable(self, candidate: Candidate, now: Controls) -> bool:
         if candidate.is_exempt:
             return True
-        worst = self._worst_passes(candidate.controls)
-        if candidate.arm in RATE_UP:
-            worst += check_passes(self._trainer)
-        return self.budget.allows(self.expected_passes(candidate), worst)
+        worst = self._worst_passes(candidate.controls, now)
+        return self.budget.allows(self.expected_passes(candidate, now), worst)
 
-    def expected_passes(self, candidate: Candidate) -> float:
+    def expected_passes(self, candidate: Candidate, now: Controls) -> float:
+        """Beside a twin one of the two legs is lost, whatever the verdict."""
+        worst, checks = self._worst_passes(candidate.controls, now), check_passes(self._trainer)
+        if is_beside_twin(candidate.controls, now):
+            return worst
         refusal = (self._undone + 1.0) / (self._applied + 3.0)
-        checks = check_passes(self._trainer)
-        return checks + refusal * (self._worst_passes(candidate.controls) - checks)
+        return checks + refusal * (worst - checks)
 
-    def _worst_passes(self, controls: Controls) -> float:
-        steps = self._trainer.probation_steps
+    def _worst_passes(self, controls: Controls, now: Controls) -> float:
+        """Of its checks and the steps that it loses. A twin takes as much time, in lockstep as much data."""
+        steps = trial_steps(controls, now, self._trainer)
         return check_passes(self._trainer) + steps * self._step_passes * controls.batch_factor
 
     def _scored(
@@ -127,12 +133,17 @@ class ControlTrials:
         if trial is None or trial.decision_id != outcome.decision_id:
             return None
         self.open = None
-        seen, reward = worth_of(
-            outcome,
-            slope_nats=trial.slope_nats,
-            step_seconds=trial.step_seconds,
-            ordinary_seconds=ordinary_seconds,
-            batch_change=trial.controls.batch_factor / trial.before.batch_factor,
+        is_beside = is_beside_twin(trial.controls, trial.before)
+        seen, reward = (
+            worth_beside_twin(outcome)
+            if is_beside
+            else worth_of(
+                outcome,
+                slope_nats=trial.slope_nats,
+                step_seconds=trial.step_seconds,
+                ordinary_seconds=ordinary_seconds,
+                batch_change=trial.controls.batch_factor / trial.before.batch_factor,
+            )
         )
         if trial.is_exempt or kind_of(trial.arm) not in ("rate:up", "rate:down", *BATCH):
             # Losses of other contexts do not compare, and beside a ruin every gain is beyond measure.
@@ -147,9 +158,20 @@ class ControlTrials:
         elif outcome.verdict in (Verdict.MALFORMED, Verdict.FAILED):
             self._pace(trial, kept=False, seen=math.nan)
         if outcome.verdict in APPLIED_VERDICTS and not trial.is_exempt:
-            self.budget.settle(trial.expected_passes, max(0.0, outcome.passes), 0.0)
+            self._pay(trial, outcome, seen)
         self._close(trial, outcome.verdict.value, _told(trial, outcome))
         return trial
+
+    def _pay(self, trial: Trial, outcome: Outcome, seen: float) -> None:
+        """A change that beat its twin has brought back a part of its cost."""
+        cost, gain = max(0.0, outcome.passes), 0.0
+        if not is_beside_twin(trial.controls, trial.before):
+            self.budget.settle(trial.expected_passes, cost, gain)
+            return
+        if outcome.verdict is Verdict.ACCEPTED and math.isfinite(seen):
+            steps_passes = outcome.probation_steps * self._step_passes * trial.before.batch_factor
+            gain = LUCK * max(0.0, seen) * steps_passes
+        self.budget.settle(cost - gain, cost, gain)
 
     def lose(self) -> None:
         """What became of the open trial was never told."""
@@ -166,7 +188,6 @@ class ControlTrials:
             return
         if kind == "rate:up":
             self.climb_gain = seen if kept else math.nan
-            kept = kept and not seen < WORSE
         if kept:
             return
         if kind.startswith("rate:"):
@@ -174,10 +195,10 @@ class ControlTrials:
         self.not_before[kind] = self._later(trial)
 
     def _later(self, trial: Trial) -> float:
-        """When the run is twice as long; a context that must grow is asked for sooner."""
+        """When the run is LATER times as long; a context that must grow is asked for sooner."""
         if kind_of(trial.arm) == "context" and trial.before.context_tokens:
             return trial.clock + CONTEXT_WAIT_WINDOWS * self._trainer.window_steps
-        return 2.0 * trial.clock
+        return LATER * trial.clock
 
     def _close(self, trial: Trial, verdict: str, seen: str) -> None:
         entry = {

@@ -1,9 +1,12 @@
 """Chooses the controls: at a decision point, whether to propose a change, which one, and why in words.
 
     observe   which controls are in force, what a step takes, whether the trainer went back
-    propose   a climb gone wrong or a run in ruin -> a context that must grow -> the bandit among those that
+    propose   a run in ruin -> a context that must grow -> the bandit among those that
               the rules admit (control_arms.py), within the budget (control_trials.py); else None
     settle    an accepted change stays in force; the trial teaches
+
+A trial of rate or batch has two legs (trainer_node/control_twin.py): the steps with it, and from the same
+weights, one attempt later, those of the run without it. The second is no rollback.
 
 Never two trials at once, never a change that control_rules.breach objects to, never one whose switch is off.
 A function of the messages alone; all that later proposals depend on is in `state()`. Knows no weights.
@@ -13,16 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from common import features
-from common.control_rules import words
+from common.control_rules import is_beside_twin, trial_steps, words
 from common.errors import CheckpointError
-from common.messages import Forecast, Observation, Outcome, Phase, PhaseDecision, Verdict
+from common.messages import Controls, Forecast, Observation, Outcome, Phase, PhaseDecision
 from common.settings import RunSettings
 from predictor_node.batch_law import StepTimes
-from predictor_node.control_arms import RATE_UP, TAKEN_BACK, Candidate, Situation, candidates, due, urgent
+from predictor_node.control_arms import Candidate, Situation, candidates, due, urgent
 from predictor_node.control_trials import ControlTrials, Trial, is_kept
 from predictor_node.controls_in_force import InForce, agree, in_force_from_json, told_by, told_controls
 from predictor_node.evidence import LEVEL_STEPS, TREND_STEPS, Evidence, evidence_of, fastest_fall
@@ -32,7 +34,6 @@ from predictor_node.history import LIMIT_STEPS
 from predictor_node.policy import DecisionInput, make_decision
 
 MOST_RUIN_TRIALS = 6  # refused in a row; then the rate is not what is wrong
-WORSE_SPREADS = 2.0  # above the forecast of the lower rate, one window after a climb was kept
 REASON_CHARACTERS = 160  # what a message is sized for (common/message_bounds.py)
 _SECONDS, _HAS_AVERAGE = features.INDEX["log10_step_seconds"], features.INDEX["has_average"]
 _RATE_SHARE = features.INDEX["rate_over_peak"]
@@ -47,27 +48,36 @@ class Pilot:
         self._attempt = -1  # of the newest observation or outcome
         self._step = 0
         self._rolled_back = False
-        self._climb: LossCurve | None = None  # of the lower rate, while a kept climb is to be looked at
 
     # ---- what happens --------------------------------------------------------------------------
 
     def observe(self, observation: Observation) -> None:
         """One real step that was not known before."""
         is_first = not self._step
-        if self._attempt >= 0 and observation.attempt > self._attempt:
-            self._rolled_back, self._climb = True, None
+        tried_with = self._tried_with(observation)
+        if self._attempt >= 0 and observation.attempt > self._attempt and tried_with is None:
+            self._rolled_back = True
         if observation.step <= self._step:
             self.in_force = self.in_force.set_back(observation.step - 1)
         self._attempt, self._step = max(self._attempt, observation.attempt), observation.step
-        on_trial = self.trials.open is not None and observation.phase is Phase.CORRECT
-        if not on_trial:
+        if tried_with is None:
             self._believe(observation, is_first=is_first)
-        controls = self.in_force.controls
-        if on_trial and self.trials.open is not None:
-            controls = self.trials.open.controls
-            self.trials.open = self.trials.open.stepped(observation.features[_SECONDS])
+        controls = tried_with or self.in_force.controls
+        trial = self.trials.open
+        if tried_with is not None and trial is not None and observation.attempt == trial.attempt:
+            self.trials.open = trial.stepped(observation.features[_SECONDS])
         self.times.observe(controls, observation.features[_SECONDS])
         self.trials.stepped(controls.batch_factor)
+
+    def _tried_with(self, observation: Observation) -> Controls | None:
+        """The controls of a step on trial, in the first leg or the second; None: it is no such step."""
+        trial = self.trials.open
+        if trial is None or observation.phase is not Phase.CORRECT:
+            return None
+        if observation.attempt == trial.attempt:
+            return trial.controls
+        is_second = observation.attempt == trial.attempt + 1 and is_beside_twin(trial.controls, trial.before)
+        return trial.before if is_second else None
 
     def _believe(self, observation: Observation, *, is_first: bool) -> None:
         """What the step was taken with is in force, whoever asked for it and whatever was heard of it."""
@@ -84,10 +94,12 @@ class Pilot:
         if trial is None:
             return False
         if is_kept(outcome):
-            kept_step = max(self._step, trial.base_step + outcome.probation_steps)
+            kept_step = trial.base_step + outcome.probation_steps
+            if not is_beside_twin(
+                trial.controls, trial.before
+            ):  # behind a twin it goes on from the trial's end
+                kept_step = max(self._step, kept_step)
             self.in_force = self.in_force.kept(trial.controls, base_step=trial.base_step, kept_step=kept_step)
-        if outcome.verdict is not Verdict.ACCEPTED or trial.arm not in RATE_UP:
-            self._climb = None
         return True
 
     # ---- what is proposed ----------------------------------------------------------------------
@@ -109,7 +121,6 @@ class Pilot:
         curve = fit_loss_curve(rows[-self._fitted_steps :])
         here = self._situation(point, evidence_of(rows, since_step=self.in_force.since_step), curve)
         self._rolled_back = False
-        self._climb = None
         context = self._context(point, here.evidence)
         chosen = self._choose(point, here, context)
         return None if chosen is None else self._proposal(point, here, chosen, context)
@@ -147,30 +158,18 @@ class Pilot:
             seen_steps=min(observation.step - since_step, point.history.contiguous_steps),
             is_lowered=self.in_force.is_lowered,
             rolled_back=self._rolled_back,
-            worse_climb=self._worse_climb(observation.step, evidence),
             climb_gain=self.trials.climb_gain,
             not_before=self.trials.not_before,
         )
 
-    def _worse_climb(self, step: int, evidence: Evidence) -> str:
-        if self._climb is None or not math.isfinite(evidence.level):
-            return ""
-        if self.trials.climb_gain < TAKEN_BACK:
-            return f"the climb was kept, but brought {100.0 * self.trials.climb_gain:+.0f} %"
-        middle = step - (LEVEL_STEPS - 1) / 2
-        excess = evidence.level - self._climb.loss_at(middle)
-        if excess <= WORSE_SPREADS * self._climb.spread_of_mean(middle, LEVEL_STEPS):
-            return ""
-        return f"the climb was kept, but the loss is {excess:.2g} above what the lower rate promised"
-
     def _choose(self, point: DecisionInput, here: Situation, context: tuple[float, ...]) -> Candidate | None:
         must = urgent(here)
         if must is not None:
-            may = self.trials.ruins_in_a_row < MOST_RUIN_TRIALS and self.trials.affordable(must)
+            may = self.trials.ruins_in_a_row < MOST_RUIN_TRIALS and self.trials.affordable(must, here.now)
             return must if may else None
         if self._rests(point, here):
             return None
-        return due(here) or self.trials.chosen(candidates(here), context)
+        return due(here) or self.trials.chosen(candidates(here), context, here.now)
 
     def _rests(self, point: DecisionInput, here: Situation) -> bool:
         """Too early for anything but a rescue."""
@@ -217,6 +216,7 @@ class Pilot:
             decision_id=decision.decision_id,
             arm=chosen.arm,
             base_step=decision.base_step,
+            attempt=decision.base_attempt,
             clock=here.clock,
             before=here.now,
             controls=chosen.controls,
@@ -224,17 +224,16 @@ class Pilot:
             gain=chosen.gain,
             reason=reason,
             slope_nats=slope_nats,
-            expected_passes=self.trials.expected_passes(chosen),
+            expected_passes=self.trials.expected_passes(chosen, here.now),
             is_exempt=chosen.is_exempt,
         )
-        self._climb = here.curve if chosen.arm in RATE_UP else None
         return decision
 
     def _forecast(self, here: Situation, chosen: Candidate) -> Forecast | None:
         """At the end of the probation; the gain is of what an ordinary step brings."""
         if here.curve is None:
             return None
-        steps = self._settings.trainer.probation_steps
+        steps = trial_steps(chosen.controls, here.now, self._settings.trainer)
         without = here.curve.loss_at(here.step + steps)
         gained_nats = chosen.gain * steps * max(0.0, -here.curve.slope_at(here.step))
         spread = here.curve.spread_of_mean(here.step + steps, LEVEL_STEPS)
@@ -249,7 +248,6 @@ class Pilot:
             "times": self.times.state(),
             "position": [self._attempt, self._step],
             "rolled_back": self._rolled_back,
-            "climb": asdict(self._climb) if self._climb else None,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -261,7 +259,5 @@ class Pilot:
             in_force = in_force_from_json(state["in_force"])
             self.in_force = in_force.under(self._settings.trainer, step=self._step)
             self._rolled_back = bool(state["rolled_back"])
-            climb = state["climb"]
-            self._climb = LossCurve(**{**climb, "other": tuple(climb["other"])}) if climb else None
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"damaged state of the pilot: {error!r}") from None

@@ -16,11 +16,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from common.control_rules import trial_steps
 from common.messages import APPLIED_VERDICTS, MemoryAction, Message, Outcome, Phase, PhaseDecision, Verdict
 from common.settings import TrainerSettings
 from trainer_node import phases
 from trainer_node.basis import Basis
 from trainer_node.before_jump import before_jump, outcome_without_jump
+from trainer_node.control_twin import begin_twin, end_ruined_trial, finish_twin, has_twin, place_after
 from trainer_node.correct import correct_jump
 from trainer_node.decision import ask
 from trainer_node.delta import forecaster_of
@@ -28,6 +30,7 @@ from trainer_node.featurize import note_outcome
 from trainer_node.groups import ParameterGroup
 from trainer_node.jump import abort_jump, fail_jump, finish_jump, start_jump
 from trainer_node.ledger import Ledger
+from trainer_node.leg_mean import LegMean
 from trainer_node.links import DecisionSource
 from trainer_node.memory_orders import begin_prediction
 from trainer_node.memory_report import INTERVAL, Report, tell_shortage
@@ -83,7 +86,6 @@ class Cycle:
             optimizers, settings, ledger=ledger, memory=memory, emit=lambda message: self.emit(message)
         )
         self._jump: Jump | None = None
-        self._undo: Progress | None = None
         make_tools = partial(
             jump_tools,
             settings,
@@ -106,7 +108,7 @@ class Cycle:
         if phase.is_decision_point:
             self._decide()
         elif phase.is_judgement_point:
-            self._settle(finish_jump(self.tools, self.on_probation))
+            self._judge()
         else:
             return False
         return True
@@ -117,9 +119,7 @@ class Cycle:
     def note_step(self, taken: StepTaken) -> OutOfMemory | None:
         """A step was taken. What it returns has torn the basis: `retreat` from it."""
         progress = self.progress
-        if self._jump is not None:
-            self._jump.step_seconds.append(taken.seconds)
-            self._jump.step_passes += taken.passes
+        shortage = self._jump.took_step(taken.seconds, taken.passes) if self._jump is not None else None
         facts = facts_later(progress, taken, self.task, self.settings)
         progress.count(taken)
         before = progress.phase
@@ -130,8 +130,11 @@ class Cycle:
         losses = self._observer.observe(progress, taken.tensors, facts, wall_seconds=taken.wall_seconds)
         if self._jump is not None:
             self._jump.losses += losses
+            ruined = end_ruined_trial(self.tools, self._jump, taken.tensors.loss)
+            if ruined is not None:
+                self._settle(ruined)
         self.report(self, INTERVAL)
-        return self._observer.probe.shortage
+        return self._observer.probe.shortage or shortage
 
     def correction(self) -> Callable[[], None] | None:
         """What the step that comes now does between backward and update."""
@@ -185,14 +188,15 @@ class Cycle:
             malformed = outcome_without_jump(progress, decision, Verdict.MALFORMED, waiting_seconds)
             self._go_on(malformed, decision.next_window_steps)
             return
-        self._undo = progress.copy()
+        undo = progress.copy()
         before = before_jump(progress, waiting_seconds, decision.controls)
         jump = start_jump(self.tools, decision, before, forecaster)
         if isinstance(jump, Outcome):
-            self._undo = None
             self._go_on(jump, decision.next_window_steps)
         else:
-            self._jump = jump
+            self._jump, jump.undo = jump, undo
+            steps = trial_steps(decision.controls or progress.controls, progress.controls, self.settings)
+            jump.mean = LegMean(self.tools.basis.parameters, steps) if has_twin(jump) else None
             progress.controls = decision.controls or progress.controls
             self.report(self, "predict")  # now that there is a snapshot
             progress.phase = phases.after_decision(
@@ -200,6 +204,7 @@ class Cycle:
                 decision.decision_id,
                 self.rules,
                 next_window_steps=decision.next_window_steps,
+                trial_steps=steps,
             )
 
     def _go_on(self, outcome: Outcome, next_window_steps: int = 0) -> None:
@@ -210,28 +215,44 @@ class Cycle:
         )
         self._begin_window()
 
+    def _judge(self) -> None:
+        """The end of a probation; of a trial that has a twin, the beginning or the end of that."""
+        jump, tried = self.on_probation, self.progress
+        if jump.twin is not None:
+            self._settle(finish_twin(self.tools, jump))
+        elif not has_twin(jump):
+            self._settle(finish_jump(self.tools, jump))
+        elif outcome := begin_twin(self.tools, jump, tried, self.settings):
+            self._settle(outcome)
+        else:
+            self._go_back_to(jump.before_it.copy(), jump.outcome.attempt)
+            self.progress.phase = phases.before_twin(tried.phase, jump.twin_steps)
+
+    def _go_back_to(self, former: Progress, attempt: int) -> None:
+        self._observer.probe.forget()
+        self.progress = self.progress.after_restore(former, attempt)
+
     def _settle(self, outcome: Outcome) -> None:
         """The end of a probation, whatever the verdict."""
-        undo, jump, judged_phase = self._undo, self.on_probation, self.progress.phase
-        self._jump, self._undo = None, None
-        if outcome.verdict is not Verdict.ACCEPTED and jump.snapshot is not None:
-            assert undo is not None
-            self._observer.probe.forget()
-            self.progress = self.progress.after_restore(undo, outcome.attempt)
+        jump, judged_phase = self.on_probation, self.progress.phase
+        self._jump = None
+        former = place_after(jump, outcome.verdict)
+        if former is not None:
+            self._go_back_to(former, outcome.attempt)
         self.progress.phase = phases.after_judgement(judged_phase, self.rules)
-        self._after_outcome(outcome, step_passes=jump.step_passes / max(1, len(jump.step_seconds)))
+        self._after_outcome(outcome, lost_passes=jump.lost_passes)
         self._begin_window()
         self.report(self, "full")
 
-    def _after_outcome(self, outcome: Outcome, *, step_passes: float = 0.0) -> None:
-        """`step_passes`: forward-equivalents of a step on probation, if there was one."""
+    def _after_outcome(self, outcome: Outcome, *, lost_passes: float = 0.0) -> None:
+        """`lost_passes`: forward-equivalents of the steps that were undone."""
         self.ledger.note(outcome)
         if outcome.verdict in APPLIED_VERDICTS:
             note_outcome(
                 self.progress.features,
                 outcome,
                 window_steps=self.settings.window_steps,
-                step_passes=step_passes,
+                lost_passes=lost_passes,
             )
         self.emit(outcome)
 

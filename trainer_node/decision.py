@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from common.messages import Alert, PhaseDecision, Verdict
+from common.control_rules import trial_steps
+from common.messages import Alert, Controls, PhaseDecision, Verdict
 from common.streams import TRAINER
 from trainer_node import ledger as purposes
 from trainer_node import phases
@@ -32,10 +33,18 @@ def ask(
             attempt=progress.attempt,
             seconds=None if is_lockstep else settings.decision_wait_share * step_seconds,
         )
-    breach, left_steps = _controls_wanted(loop, decision)
+    breach, wanted = _controls_wanted(loop, decision)
+    position = position_of(
+        progress,
+        loop.generation,
+        fingerprint,
+        loop.basis.num_groups,
+        steps_left=steps_left(wanted, settings, progress.clock),
+        trial_steps=trial_steps(wanted, progress.controls, settings),
+    )
     verdict = phases.objection(
         decision,
-        position=position_of(progress, loop.generation, fingerprint, loop.basis.num_groups, left_steps),
+        position=position,
         state=progress.phase,
         rules=loop.rules,
         veto=loop.links.veto(),
@@ -49,8 +58,8 @@ def ask(
     return decision, verdict, waiting.seconds
 
 
-def _controls_wanted(loop: Cycle, decision: PhaseDecision | None) -> tuple[str, int]:
-    """What is wrong with those of the decision, and the real steps that are left with them."""
+def _controls_wanted(loop: Cycle, decision: PhaseDecision | None) -> tuple[str, Controls]:
+    """What is wrong with those of the decision, and those that would be in force if it were taken."""
     progress, settings = loop.progress, loop.settings
     wanted, breach = progress.controls, ""
     if decision is not None and decision.controls is not None:
@@ -59,4 +68,4 @@ def _controls_wanted(loop: Cycle, decision: PhaseDecision | None) -> tuple[str, 
             decision.controls, progress.controls, settings, clock=progress.clock, num_ranks=ranks.size
         )
         wanted = progress.controls if breach else decision.controls
-    return breach, steps_left(wanted, settings, progress.clock)
+    return breach, wanted

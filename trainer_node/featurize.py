@@ -114,7 +114,7 @@ def _norm_of(norms: tuple[float, ...]) -> float:
     return math.sqrt(sum(norm * norm for norm in norms))
 
 
-def note_outcome(state: FeatureState, outcome: Outcome, *, window_steps: int, step_passes: float) -> None:
+def note_outcome(state: FeatureState, outcome: Outcome, *, window_steps: int, lost_passes: float) -> None:
     """Remember an applied jump for the features of the steps to come."""
     kept = outcome.verdict is Verdict.ACCEPTED
     state.accepted = [*state.accepted[-7:], float(kept)]
@@ -128,7 +128,6 @@ def note_outcome(state: FeatureState, outcome: Outcome, *, window_steps: int, st
     state.guard_loss = outcome.loss_end if kept else outcome.loss_before
     state.virtual_steps += outcome.horizon_steps if kept else 0
     state.attempts = outcome.attempt
-    lost_passes = outcome.lost_steps * step_passes
     state.lost_passes += lost_passes
     state.check_passes += outcome.passes - lost_passes
     state.all_passes += outcome.passes

@@ -5,7 +5,7 @@
     abort    the run stops during probation             -> ABORTED (restored)
 
 A proposal of other controls alone goes the same way without a move: they are the cycle's to put in force and
-to set back. It is judged at equal data: a batch of half the size is not worse for half the progress.
+to set back. (Another rate or batch is judged beside a real run without it, in control_twin.py.)
 
 Without the guard (verify.enabled = false, for races) there is no snapshot and no check, so there is
 no way back: a jump is kept whatever becomes of it. Everything it costs is in the Outcome. Memory that
@@ -19,7 +19,6 @@ import math
 from dataclasses import replace
 from functools import partial
 
-from common.control_rules import tolerance_of
 from common.errors import EnvironmentFault
 from common.messages import Outcome, PhaseDecision, Verdict
 from trainer_node import ledger as purposes
@@ -27,7 +26,7 @@ from trainer_node.delta import AppliedDelta
 from trainer_node.out_of_memory import OutOfMemory, TornUpdate, attempt, release
 from trainer_node.parts import move_at_once, move_in_parts
 from trainer_node.phases import is_of_controls
-from trainer_node.snapshot import Snapshot
+from trainer_node.snapshot import Snapshot, TensorStore
 from trainer_node.trial import Before, Jump, JumpTools, blank_outcome
 from trainer_node.verify import NoJumpForecast, forecast_without_jump, judge, ruin_bound
 from trainer_node.weight_forecast import WeightForecaster
@@ -55,7 +54,7 @@ def start_jump(
     if not tools.settings.enabled:
         return _jump_unguarded(tools, decision, before, outcome, forecaster)
     with tools.ledger.span(purposes.SNAPSHOTS) as saving:
-        snapshot = _take_snapshot(tools)
+        snapshot = take_snapshot(tools, tools.store)
     if snapshot is None:
         return replace(outcome, verdict=Verdict.FAILED)
     outcome = replace(outcome, snapshot_seconds=saving.seconds)
@@ -71,20 +70,20 @@ def start_jump(
     verdict = attempt(partial(_look_and_leap, tools, jump, before, forecaster))
     if isinstance(verdict, OutOfMemory):
         return fail_jump(tools, jump, verdict)
-    return jump if verdict is None else _restore(tools, jump, verdict)
+    return jump if verdict is None else restore_jump(tools, jump, verdict)
 
 
 def _no_delta(tools: JumpTools) -> AppliedDelta:
     return AppliedDelta(0.0, tools.basis.empty_sample(), tools.basis.empty_sample())
 
 
-def _take_snapshot(tools: JumpTools) -> Snapshot | None:
+def take_snapshot(tools: JumpTools, store: TensorStore) -> Snapshot | None:
     """None without room for it, on the host, the disk or the device: nothing has changed then."""
 
     def take() -> Snapshot:
         extra = [*tools.basis.averages.moving_tensors(), *tools.kept_with_weights()]
         return Snapshot(
-            tools.store,
+            store,
             tools.basis.parameters,
             tools.optimizers,
             extra,
@@ -107,15 +106,16 @@ def _look_and_leap(
 ) -> Verdict | None:
     """What is wrong with the jump at once, if anything."""
     _look(tools, jump, before)
-    if is_of_controls(jump.decision):
-        jump.outcome = replace(jump.outcome, loss_after=jump.outcome.loss_before)
-        return None
     bound = ruin_bound(
         loss_before=jump.outcome.loss_before,
         first_loss=before.first_loss,
         ruin_share=tools.settings.ruin_share,
         noise=before.loss_noise,
     )
+    if is_of_controls(jump.decision):
+        jump.outcome = replace(jump.outcome, loss_after=jump.outcome.loss_before)
+        jump.ruin_loss = bound
+        return None
     if jump.decision.chunks > 1:
         deltas = tools.deltas(jump.decision, forecaster)
         return move_in_parts(tools, jump, deltas, bound=bound, slack=before.loss_noise)
@@ -133,6 +133,7 @@ def _look(tools: JumpTools, jump: Jump, before: Before) -> None:
         loss_before,
         longest_steps=LONGEST_SAMPLE_PROBATIONS * nominal_steps,
     )
+    jump.guard_spread = before.guard.trend(before.loss_noise)[2]
     forecast = forecast_without_jump(
         before.recent_losses,
         horizon_steps=tools.probation_steps * before.batch_change,
@@ -193,12 +194,7 @@ def _judge_jump(tools: JumpTools, jump: Jump) -> Outcome:
         loss_before=before.loss_before,
         loss_end=loss_end,
         forecast=NoJumpForecast(change=change, spread=before.loss_spread),
-        tolerance=tolerance_of(
-            jump.decision.controls or jump.controls_before,
-            jump.controls_before,
-            tolerance=tools.settings.tolerance,
-            forecast_change_nats=change,
-        ),
+        tolerance=tools.settings.tolerance,
     )
     jump.outcome = replace(
         before,
@@ -208,7 +204,7 @@ def _judge_jump(tools: JumpTools, jump: Jump) -> Outcome:
         check_seconds=before.check_seconds + check.seconds,
     )
     if verdict is not Verdict.ACCEPTED:
-        return _restore(tools, jump, verdict)
+        return restore_jump(tools, jump, verdict)
     # It stands at the guard loss before the jump.
     jump.guard.move_to(jump.guard.step + before.probation_steps * jump.batch_factor, loss_end)
     return jump.outcome
@@ -223,7 +219,7 @@ def fail_jump(tools: JumpTools, jump: Jump, shortage: OutOfMemory) -> Outcome:
     if jump.snapshot is None:
         raise TornUpdate("a jump without its guard", shortage)
     tools.on_out_of_memory(shortage)
-    return _restore(tools, jump, Verdict.FAILED)
+    return restore_jump(tools, jump, Verdict.FAILED)
 
 
 def abort_jump(tools: JumpTools, jump: Jump) -> Outcome:
@@ -231,7 +227,7 @@ def abort_jump(tools: JumpTools, jump: Jump) -> Outcome:
     if jump.snapshot is None:
         jump.outcome = replace(jump.outcome, probation_steps=len(jump.step_seconds))
         return _keep_unguarded(jump)
-    return _restore(tools, jump, Verdict.ABORTED)
+    return restore_jump(tools, jump, Verdict.ABORTED)
 
 
 def _keep_unguarded(jump: Jump) -> Outcome:
@@ -240,18 +236,22 @@ def _keep_unguarded(jump: Jump) -> Outcome:
     return replace(jump.outcome, verdict=Verdict.ACCEPTED if sound else Verdict.REFUSED)
 
 
-def _restore(tools: JumpTools, jump: Jump, verdict: Verdict) -> Outcome:
+def restore_jump(tools: JumpTools, jump: Jump, verdict: Verdict) -> Outcome:
+    """Back to before the proposal. Lost are the steps since, those of a twin (control_twin.py) too."""
     assert jump.snapshot is not None, "a restore needs a snapshot"
     with tools.ledger.span(purposes.SNAPSHOTS) as restoring:
         jump.snapshot.restore()
-    lost_steps = len(jump.step_seconds)
+    is_moved = bool(jump.step_seconds)
+    lost = [jump.take_leg(), *([jump.twin.trial] if jump.twin else [])]
+    lost_steps = sum(len(leg.step_seconds) for leg in lost)
+    jump.lost_passes = sum(leg.step_passes for leg in lost)
     return replace(
         jump.outcome,
         verdict=verdict,
-        attempt=jump.outcome.attempt + (1 if lost_steps else 0),
+        attempt=jump.outcome.attempt + is_moved,
         probation_steps=lost_steps,
         lost_steps=lost_steps,
-        lost_seconds=sum(jump.step_seconds),
-        passes=jump.outcome.passes + jump.step_passes,
+        lost_seconds=sum(sum(leg.step_seconds) for leg in lost),
+        passes=jump.outcome.passes + jump.lost_passes,
         restore_seconds=jump.outcome.restore_seconds + restoring.seconds,
     )

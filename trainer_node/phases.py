@@ -62,6 +62,7 @@ class Position:
     num_groups: int
     num_directions: int
     controls: Controls = NEUTRAL  # in force
+    trial_steps: int = 0  # until the controls that are wanted are judged; 0 = the probation of the rules
     steps_left: int | None = None  # real ones, with the controls that are wanted; None: by the rules
 
 
@@ -93,11 +94,17 @@ def after_step(state: PhaseState, rules: PhaseRules) -> PhaseState:
 
 
 def after_decision(
-    state: PhaseState, decision_id: str | None, rules: PhaseRules, *, next_window_steps: int = 0
+    state: PhaseState,
+    decision_id: str | None,
+    rules: PhaseRules,
+    *,
+    next_window_steps: int = 0,
+    trial_steps: int = 0,
 ) -> PhaseState:
     """Leave a decision point: into probation with the id of an applied decision, else into a window.
 
-    `next_window_steps` is the length asked for the coming window, which is after probation if there is one.
+    `next_window_steps` is the length asked for the coming window, which is after probation if there is one;
+    `trial_steps` that of the probation, 0 = as configured.
     """
     if not state.is_decision_point:
         raise ValueError(f"no decision is due in {state}")
@@ -106,10 +113,17 @@ def after_decision(
     return replace(
         state,
         phase=Phase.CORRECT,
-        steps_left=rules.probation_steps,
+        steps_left=trial_steps or rules.probation_steps,
         used_decision=decision_id,
         window_steps=next_window_steps,
     )
+
+
+def before_twin(state: PhaseState, twin_steps: int) -> PhaseState:
+    """A trial's steps are taken, those of the run without it are due before both are judged."""
+    if not state.is_judgement_point:
+        raise ValueError(f"no judgement is due in {state}")
+    return replace(state, steps_left=twin_steps)
 
 
 def after_judgement(state: PhaseState, rules: PhaseRules) -> PhaseState:
@@ -172,7 +186,7 @@ def _is_well_formed(decision: PhaseDecision, position: Position, rules: PhaseRul
         and (_changes_controls if is_of_controls(decision) else _has_delta)(decision, position, rules)
         and 1 <= decision.chunks <= MAX_CHUNKS
         and 0.0 <= decision.correction_share <= 1.0
-        and rules.probation_steps <= left_steps
+        and (position.trial_steps or rules.probation_steps) <= left_steps
     )
 
 

@@ -133,7 +133,13 @@ def plan_of(progress: Progress, settings: TrainerSettings) -> StepPlan:
 
 
 def position_of(
-    progress: Progress, generation: int, fingerprint: str, num_groups: int, steps_left: int
+    progress: Progress,
+    generation: int,
+    fingerprint: str,
+    num_groups: int,
+    *,
+    steps_left: int,
+    trial_steps: int = 0,
 ) -> Position:
     return Position(
         generation=generation,
@@ -144,6 +150,7 @@ def position_of(
         num_directions=len(DIRECTIONS),
         controls=progress.controls,
         steps_left=steps_left,
+        trial_steps=trial_steps,
     )
 
 

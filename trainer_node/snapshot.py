@@ -43,6 +43,9 @@ class TensorStore(Protocol):
     def place(self) -> str:
         """Where they are: "host" or "disk"."""
 
+    def another(self) -> TensorStore:
+        """An empty one of the same kind."""
+
     def close(self) -> None: ...
 
 
@@ -84,6 +87,9 @@ class MemoryStore:
     @property
     def place(self) -> str:
         return "host"
+
+    def another(self) -> MemoryStore:
+        return MemoryStore()
 
     def close(self) -> None:
         self._copies = []
@@ -168,6 +174,9 @@ class DiskStore:
     @property
     def place(self) -> str:
         return "disk"
+
+    def another(self) -> DiskStore:
+        return DiskStore(self._folder)
 
     def close(self) -> None:
         self._saved = []

@@ -25,7 +25,9 @@ from trainer_node.delta import (
     random_deltas,
 )
 from trainer_node.ledger import CHECK_PASSES, Ledger
-from trainer_node.out_of_memory import OutOfMemory
+from trainer_node.leg_mean import LegMean
+from trainer_node.out_of_memory import OutOfMemory, attempt
+from trainer_node.progress import Progress
 from trainer_node.snapshot import Snapshot, TensorStore
 from trainer_node.verify import GuardRecord
 from trainer_node.weight_forecast import WeightForecaster
@@ -116,6 +118,25 @@ class Before:
     batch_change: float = 1.0  # the same, over that of a step before it
 
 
+@dataclass(frozen=True, kw_only=True)
+class Leg:
+    """Real steps in a row that are judged together."""
+
+    step_seconds: list[float]
+    step_passes: float  # of all of them, forward-equivalents
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twin:
+    """The run without the proposal, which takes its steps now (control_twin.py)."""
+
+    trial: Leg  # the steps with it
+    end: Snapshot  # where they led
+    store: TensorStore  # what that is kept in
+    progress: Progress  # as it stood there
+    steps: int  # of the twin
+
+
 @dataclass
 class Jump:
     """A proposal on probation, or its end."""
@@ -130,6 +151,34 @@ class Jump:
     losses: list[float] = field(default_factory=list)  # of the probation's training batches
     batch_factor: float = 1.0  # of the probation's steps
     controls_before: Controls = NEUTRAL  # in force before the proposal
+    ruin_loss: float = math.inf  # nats: above that a training loss half-way through a trial ends it
+    guard_spread: float = math.nan  # nats: what a guard loss shakes by over a probation
+    lost_passes: float = 0.0  # of the steps that were undone
+    undo: Progress | None = None  # as it stood before
+    mean: LegMean | None = None  # of the steps now, where the trial is judged beside a twin
+    twin: Twin | None = None
+
+    def took_step(self, seconds: float, passes: float) -> OutOfMemory | None:
+        """A real step of the probation. Without memory for its mean it cannot be judged."""
+        self.step_seconds.append(seconds)
+        self.step_passes += passes
+        shortage = attempt(self.mean.after_step) if self.mean is not None else None
+        return shortage if isinstance(shortage, OutOfMemory) else None
+
+    def take_leg(self) -> Leg:
+        """The steps so far; those to come are counted anew."""
+        leg = Leg(step_seconds=self.step_seconds, step_passes=self.step_passes)
+        self.step_seconds, self.step_passes = [], 0.0
+        return leg
+
+    @property
+    def before_it(self) -> Progress:
+        assert self.undo is not None, "a proposal without what was before it"
+        return self.undo
+
+    @property
+    def twin_steps(self) -> int:
+        return self.twin.steps if self.twin is not None else 0
 
     @property
     def is_to_be_corrected(self) -> bool:

@@ -21,6 +21,9 @@ from dataclasses import dataclass, field, replace
 from common.messages import Verdict
 
 MIN_FIT_POINTS = 8
+# Of what the run without it gained: by so much more another rate or batch must lower the loss. Less would
+# hardly bring back the steps that the trial cost, and of two equal rates noise prefers one.
+TWIN_GAIN_SHARE = 0.05
 # Before any guard loss was compared with another, its noise is taken for this share of the noise of a
 # training loss. Measured 2026-11-21, one guard batch: 0.1 to 0.4 on a small GPT, where training batches
 # differ more than weights do, about 2 on digits at a high rate.
@@ -58,6 +61,10 @@ class GuardRecord:
     def move_to(self, step: float, loss: float) -> None:
         """A guard loss that is no sample of ordinary steps: after a kept jump."""
         self.step, self.loss = step, loss
+
+    def forget_level(self) -> None:
+        """The weights in place have no guard loss that was measured: the next one is no change of it."""
+        self.move_to(-1, math.nan)
 
     def trend(self, loss_noise: float) -> tuple[float, float, float]:
         """(slope, its deviation, spread of a single change): nats per step, nats per step, nats.
@@ -152,3 +159,26 @@ def judge(*, loss_before: float, loss_end: float, forecast: NoJumpForecast, tole
         return Verdict.REFUSED
     limit = loss_before + forecast.change + tolerance * forecast.spread
     return Verdict.ACCEPTED if loss_end <= limit else Verdict.REFUSED
+
+
+def is_better_than_twin(
+    *,
+    loss_before: float,
+    loss_with: float,
+    loss_without: float,
+    spread: float = 0.0,
+    is_way_out: bool = False,
+) -> bool:
+    """Whether a trial that ended at `loss_with` goes on, not the run without it. Nats on the guard batches.
+
+    It must gain TWIN_GAIN_SHARE more than the other. A way out (a lower rate) of a run that gains nothing has to
+    be no worse by more than `spread`: where all is lost, both stand still for a while.
+    """
+    if not math.isfinite(loss_with):
+        return False
+    if not math.isfinite(loss_without):
+        return True
+    gained_without = loss_before - loss_without if math.isfinite(loss_before) else 0.0
+    if gained_without <= 0.0 and is_way_out:
+        return loss_with <= loss_without + spread
+    return loss_with < loss_without - TWIN_GAIN_SHARE * max(0.0, gained_without)

@@ -17,11 +17,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from common import features
-from common.control_rules import NEUTRAL, breach, schedule_of, still_allowed, tolerance_of
+from common.control_rules import (
+    NEUTRAL,
+    breach,
+    is_beside_twin,
+    schedule_of,
+    still_allowed,
+    trial_steps,
+)
 from common.messages import Controls, Observation, Outcome, Phase, PhaseDecision, RunEnded, Verdict
 from common.settings import RunSettings
 from tests.predictor.scripted import NUM_GROUPS, Publish, outcome, point, small_settings, started
-from trainer_node.verify import GuardRecord, forecast_without_jump, judge
+from trainer_node.verify import (
+    GuardRecord,
+    NoJumpForecast,
+    forecast_without_jump,
+    is_better_than_twin,
+    judge,
+)
 
 ALL_ON = [f"trainer.controls.{name}=true" for name in ("rate", "batch", "context", "decay", "read_out")]
 SPEED, FLOOR, FIRST = 0.02, 1.0, 5.0
@@ -34,6 +47,7 @@ def controlled_settings(*overrides: str) -> RunSettings:
         "trainer.statistics_steps=16",
         "trainer.window_steps=16",
         "trainer.probation_steps=16",
+        "trainer.controls.trial_steps=16",
         "trainer.checkpoint.every_steps=100",
         'trainer.decision_mode="lockstep"',
         'predictor.policy="learned"',
@@ -193,6 +207,7 @@ class ControlledTrainer:
         self._checkpoint(publish)
 
     def _try(self, publish: Publish, decision: PhaseDecision) -> None:
+        """As trainer_node/jump.py and control_twin.py do it, without weights."""
         trainer, before, wanted = self.settings.trainer, dataclasses.replace(self), decision.controls
         assert wanted is not None
         said = breach(wanted, now=self.controls, settings=trainer, clock=self.clock)
@@ -200,52 +215,77 @@ class ControlledTrainer:
         assert wanted != self.controls
         assert (decision.horizon_steps, decision.coefficients, decision.forecaster) == (0, (), b"")
         self.proposals.append(decision)
-        noise = statistics.pstdev(b - a for a, b in zip(self.losses[-32:], self.losses[-31:], strict=False))
-        forecast = forecast_without_jump(
-            self.losses[-32:],
-            horizon_steps=trainer.probation_steps
-            * self.world.seconds(wanted)
-            / self.world.seconds(self.controls),  # equal time; where a step costs its data, equal data
-            guard=GuardRecord(),
-            loss_noise=noise / math.sqrt(2),
-        )
-        loss_before, full_seconds = FLOOR + self.excess, statistics.median(self.seconds[-self.median_steps :])
-        losses = list(self.losses)
+        forecast, loss_before = self._forecast(wanted), FLOOR + self.excess
+        full_seconds = statistics.median(self.seconds[-self.median_steps :])
+        has_twin = trainer.verify.enabled and is_beside_twin(wanted, self.controls)
+        losses, loss_without = list(self.losses), loss_before + forecast.change
+        steps = trial_steps(wanted, self.controls, trainer) if has_twin else trainer.probation_steps
         self.controls = wanted
-        for _ in range(trainer.probation_steps):
-            self._take(publish, Phase.CORRECT)
-        loss_end = FLOOR + self.excess
-        verdict = self.verdict(decision) or judge(
-            loss_before=loss_before,
-            loss_end=loss_end,
-            forecast=forecast,
-            tolerance=tolerance_of(
-                wanted, before.controls, tolerance=1.0, forecast_change_nats=forecast.change
-            ),
-        )
-        lost_steps = 0
-        lost_seconds = 0.0
-        if verdict is not Verdict.ACCEPTED and trainer.verify.enabled:
-            lost_steps = trainer.probation_steps
-            lost_seconds = math.fsum(self.seconds[-lost_steps:])
-            for name in ("step", "clock", "excess", "best", "controls"):
-                setattr(self, name, getattr(before, name))
-            self.losses, self.attempt = losses, self.attempt + 1
-        passes = 3.0 + 3.0 * wanted.batch_factor * lost_steps
+        lost_seconds = self._leg(publish, steps)
+        loss_end, lost_steps, tried = FLOOR + self.excess, steps, dataclasses.replace(self)
+        if has_twin:
+            self._go_back_to(before, losses)
+            time_steps = max(
+                1, round(steps * self.world.seconds(wanted) / self.world.seconds(before.controls))
+            )
+            twin_seconds, loss_without = self._leg(publish, time_steps), FLOOR + self.excess
+            is_better = is_better_than_twin(
+                loss_before=loss_before,
+                loss_with=loss_end,
+                loss_without=loss_without,
+                spread=self.world.loss_noise,
+                is_way_out=wanted.rate_factor < before.controls.rate_factor,
+            )
+            verdict = self.verdict(decision) or (Verdict.ACCEPTED if is_better else Verdict.REFUSED)
+            if verdict is Verdict.ACCEPTED:
+                self._go_back_to(tried, list(tried.losses))
+                lost_steps, lost_seconds = time_steps, twin_seconds
+        else:
+            verdict = self.verdict(decision) or judge(
+                loss_before=loss_before, loss_end=loss_end, forecast=forecast, tolerance=1.0
+            )
+            if verdict is not Verdict.ACCEPTED and trainer.verify.enabled:
+                self._go_back_to(before, losses)
+            else:
+                lost_steps, lost_seconds = 0, 0.0
+        lost_batch = before.controls if verdict is Verdict.ACCEPTED else wanted
+        passes = 3.0 + 3.0 * lost_batch.batch_factor * lost_steps
         self.undone_passes += passes
         publish(
             dataclasses.replace(
                 outcome(decision, verdict, self.attempt, lost_steps=lost_steps),
-                probation_steps=trainer.probation_steps,
+                probation_steps=steps,
                 loss_before=loss_before,
                 loss_end=loss_end,
-                loss_forecast=loss_before + forecast.change,
-                loss_spread=forecast.spread,
+                loss_forecast=loss_without,
+                loss_spread=self.world.loss_noise if has_twin else forecast.spread,
                 passes=passes,
                 check_seconds=3.0,
                 lost_seconds=lost_seconds,
                 full_step_seconds=full_seconds,
             )
+        )
+
+    def _leg(self, publish: Publish, steps: int) -> float:
+        """Seconds of these steps on probation."""
+        for _ in range(steps):
+            self._take(publish, Phase.CORRECT)
+        return math.fsum(self.seconds[-steps:])
+
+    def _go_back_to(self, former: ControlledTrainer, losses: list[float]) -> None:
+        for name in ("step", "clock", "excess", "best", "controls"):
+            setattr(self, name, getattr(former, name))
+        self.losses, self.attempt = losses, self.attempt + 1
+
+    def _forecast(self, wanted: Controls) -> NoJumpForecast:
+        noise = statistics.pstdev(b - a for a, b in zip(self.losses[-32:], self.losses[-31:], strict=False))
+        return forecast_without_jump(
+            self.losses[-32:],
+            horizon_steps=self.settings.trainer.probation_steps
+            * self.world.seconds(wanted)
+            / self.world.seconds(self.controls),  # equal time; where a step costs its data, equal data
+            guard=GuardRecord(),
+            loss_noise=noise / math.sqrt(2),
         )
 
     def _checkpoint(self, publish: Publish) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from common import codec
 from common.bus import Entry, EntryId
-from common.control_rules import NEUTRAL, PROOF_SPREADS, tolerance_of
+from common.control_rules import NEUTRAL, is_beside_twin, trial_steps
 from common.errors import CheckpointError
 from common.messages import Controls, Message, Outcome, Phase, PhaseDecision, Verdict
 from common.streams import DECISIONS, HISTORY
@@ -195,15 +195,6 @@ def test_equal_runs_leave_equal_states_and_a_state_comes_back_as_it_was() -> Non
         pilot.load({**one.pilot, "in_force": []})
 
 
-def test_a_kept_climb_is_still_to_be_looked_at_after_a_restart() -> None:
-    climbing = fly(RATE, world=World(best_rate=4.0), until_step=48)
-    assert climbing.arms == ["rate:x4"]
-    assert climbing.pilot["climb"] is not None
-    pilot = Pilot(climbing.trainer.settings)
-    pilot.load(climbing.pilot)
-    assert repr(pilot.state()) == repr(climbing.pilot)
-
-
 def entries_of(log: Log) -> list[Entry]:
     history = [
         Entry(HISTORY, entry_id, type(message).__name__, codec.encode(message), 0.0)
@@ -354,20 +345,22 @@ def test_a_rate_that_starts_at_four_times_a_best_one_that_does_no_ruin_is_lowere
 
 
 @pytest.mark.parametrize(
-    ("wanted", "change", "spreads"),
+    ("wanted", "is_beside"),
     [
-        (Controls(rate_factor=2.0), -1.0, -PROOF_SPREADS),
-        (Controls(rate_factor=2.0), 0.0, -PROOF_SPREADS),
-        (Controls(rate_factor=0.5), -1.0, -PROOF_SPREADS),
-        (Controls(rate_factor=0.5), 0.0, 1.5),
-        (Controls(rate_factor=0.5), math.nan, 1.5),
-        (Controls(batch_factor=2.0), -1.0, 1.5),
+        (Controls(rate_factor=2.0), True),
+        (Controls(batch_factor=0.5), True),
+        (Controls(rate_factor=0.5, batch_factor=2.0), True),
+        (Controls(context_tokens=32), False),
+        (Controls(rate_factor=2.0, context_tokens=32), False),
+        (Controls(decay_start=9, decay_steps=9), False),
+        (Controls(read_out="average"), False),
+        (NEUTRAL, False),
     ],
 )
-def test_another_rate_needs_proof_unless_it_is_a_lower_one_for_a_run_that_makes_no_progress(
-    wanted: Controls, change: float, spreads: float
-) -> None:
-    assert tolerance_of(wanted, NEUTRAL, tolerance=1.5, forecast_change_nats=change) == spreads
+def test_rate_and_batch_alone_are_judged_beside_a_twin(wanted: Controls, is_beside: bool) -> None:
+    trainer = controlled_settings("trainer.controls.trial_steps=24").trainer
+    assert is_beside_twin(wanted, NEUTRAL) is is_beside
+    assert trial_steps(wanted, NEUTRAL, trainer) == (24 if is_beside else 16)
 
 
 def test_on_a_noisy_plateau_no_climb_is_tried() -> None:

@@ -10,7 +10,7 @@ import pytest
 from common.messages import Controls, Verdict
 from tests.predictor.controlled_run import World
 from tests.predictor.test_control_evidence import said_of
-from tests.predictor.test_pilot import BATCH, DECAY, LIVE, RATE, Blunt, fly, of
+from tests.predictor.test_pilot import BATCH, DECAY, LIVE, RATE, fly, of
 
 # ---- no progress -----------------------------------------------------------------------------------
 
@@ -85,27 +85,6 @@ def test_after_a_change_of_the_batch_a_tail_waits_for_ten_windows() -> None:
     }
     assert list(steps) == ["batch:x2", "decay:now"]
     assert steps["decay:now"] - steps["batch:x2"] >= 10 * 16
-
-
-# ---- climbs gone wrong -----------------------------------------------------------------------------
-
-
-def test_a_kept_climb_whose_loss_rises_above_what_the_lower_rate_promised_is_taken_back() -> None:
-    flight = fly(RATE, world=Blunt(best_rate=1.0, loss_noise=0.005), verdict=of(Verdict.ACCEPTED))
-    up, back = flight.trainer.proposals[:2]
-    assert (up.arm, back.arm) == ("rate:x4", "rate:/2")
-    assert back.reason.partition(": ")[2].startswith("the climb was kept, but ")
-
-
-def test_a_climb_that_does_its_harm_after_the_trial_is_taken_back() -> None:
-    slow = World(best_rate=8.0, noise_scale=3.0, loss_noise=0.005)
-    late = "trainer.schedule.warmup_steps=192"
-    flight = fly(RATE, late, world=slow, verdict=of(Verdict.ACCEPTED), until_step=224)
-    assert flight.arms == ["rate:x4"]
-    flight.trainer.excess += 0.35  # the loss is above what the lower rate promised; no ruin
-    flight.trainer._cycle(flight.log.publish)
-    assert flight.arms == ["rate:x4", "rate:/2"]
-    assert "above what the lower rate promised" in flight.trainer.proposals[-1].reason
 
 
 # ---- budget, ranks, step times ---------------------------------------------------------------------

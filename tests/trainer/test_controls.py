@@ -36,7 +36,8 @@ from trainer_node.phases import PhaseRules
 from trainer_node.progress import first_progress, is_over, needs_averages, plan_of
 from trainer_node.step_taken import StepTaken
 
-ALL_ON = tuple(f"trainer.controls.{name}=true" for name in ("rate", "batch", "context", "decay", "read_out"))
+SWITCHES = ("rate", "batch", "context", "decay", "read_out")
+ALL_ON = (*(f"trainer.controls.{name}=true" for name in SWITCHES), "trainer.controls.trial_steps=6")
 RULES = PhaseRules(statistics_steps=4, window_steps=6, probation_steps=5, total_steps=60)
 FACTORS = st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0, 16.0])
 
@@ -321,9 +322,9 @@ def test_whatever_is_asked_for_is_refused_or_makes_a_run_that_ends(
 
 def test_an_own_loop_has_no_controls():
     check_own_loop(tiny_settings().trainer)
-    for switch in ALL_ON:
+    for switch in SWITCHES:
         with pytest.raises(SettingsError, match="loop of your own"):
-            check_own_loop(tiny_settings(switch).trainer)
+            check_own_loop(tiny_settings(f"trainer.controls.{switch}=true").trainer)
 
 
 def test_the_schedule_in_force_is_the_configured_one_without_a_chosen_tail():

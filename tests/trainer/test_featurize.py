@@ -94,7 +94,7 @@ def applied(verdict=Verdict.ACCEPTED, **changes):
 
 
 def note(state, outcome):
-    note_outcome(state, outcome, window_steps=8, step_passes=6.0)
+    note_outcome(state, outcome, window_steps=8, lost_passes=6.0 * outcome.lost_steps)
 
 
 def test_there_are_72_features_in_the_order_of_their_names():

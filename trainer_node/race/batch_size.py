@@ -79,6 +79,10 @@ def resized(trainer: TrainerSettings, factor: float) -> TrainerSettings:
         statistics_steps=_at_least(LEAST_STATISTICS_STEPS, trainer.statistics_steps, factor),
         window_steps=_at_least(LEAST_WINDOW_STEPS, trainer.window_steps, factor),
         probation_steps=_at_least(LEAST_PROBATION_STEPS, trainer.probation_steps, factor),
+        controls=replace(
+            trainer.controls,
+            trial_steps=_at_least(LEAST_PROBATION_STEPS, trainer.controls.trial_steps, factor),
+        ),
     )
 
 
