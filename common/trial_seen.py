@@ -1,7 +1,7 @@
-"""What a trial of controls was seen to bring, for people: pure, and one answer for page and predictor.
+"""What became of a trial of controls, for people: pure, and one answer for page and predictor.
 
     with     (loss before - loss at the end) / (steps * seconds of a step with the change)
-    without  (loss before - forecast) / (steps * batch change * seconds of an ordinary step)
+    without  (loss before - forecast) / (steps * batch change * seconds of a step with the controls of before)
     seen     with / without - 1, as a share; its uncertainty is one deviation of the forecast
 
 Losses are the trainer's, on the guard batches. Its forecast is of the same data (trainer_node/jump.py), for
@@ -15,7 +15,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from common.messages import Controls, Outcome
+from common.messages import Controls, Outcome, Verdict
 
 TOLD_SPREADS = 2.0  # below that many deviations a fall is not told from none
 _MOST_PERCENT = 999.0
@@ -26,7 +26,20 @@ class Seen(NamedTuple):
     spread: float  # one standard deviation, >= 0
 
 
-def seen_of(outcome: Outcome, *, before: Controls, after: Controls, step_seconds: float) -> Seen | None:
+def is_kept(outcome: Outcome) -> bool:
+    """Whether what was proposed stays. Without the guard a refused change does: nothing is undone."""
+    is_undone = outcome.lost_steps > 0 or not outcome.probation_steps
+    return outcome.verdict is Verdict.ACCEPTED or (outcome.verdict is Verdict.REFUSED and not is_undone)
+
+
+def seen_of(
+    outcome: Outcome,
+    *,
+    before: Controls,
+    after: Controls,
+    step_seconds: float,
+    ordinary_seconds: float = math.nan,
+) -> Seen | None:
     """None where the losses do not say.
 
     They do not where more than rate and batch changes (losses of other contexts do not compare), where
@@ -34,12 +47,16 @@ def seen_of(outcome: Outcome, *, before: Controls, after: Controls, step_seconds
     it would be a share of noise (digits runs: +882 ± 871 %; a fall forecast of 0.000 ± 0.022 nats).
 
     step_seconds: geometric mean of the steps of the trial, in the unit of the outcome's seconds.
+    ordinary_seconds: the same of steps with the controls of before; NaN = what the outcome says, which is a
+    median over the last 64 steps: for so long after a kept change of the batch it is of two kinds of steps.
     """
     alike = replace(before, rate_factor=after.rate_factor, batch_factor=after.batch_factor)
     if alike != after or not before.batch_factor > 0.0:
         return None
     fall, fall_without = outcome.loss_before - outcome.loss_end, outcome.loss_before - outcome.loss_forecast
-    spread, ordinary_seconds = outcome.loss_spread, outcome.full_step_seconds
+    spread = outcome.loss_spread
+    if not ordinary_seconds > 0.0:
+        ordinary_seconds = outcome.full_step_seconds
     is_measured = all(map(math.isfinite, (fall, fall_without, spread, step_seconds, ordinary_seconds)))
     if not is_measured or min(step_seconds, ordinary_seconds) <= 0.0:
         return None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from common import control_rules
 from common import messages as m
 from common.control_rules import NEUTRAL
-from common.trial_seen import Seen, seen_of
+from common.trial_seen import Seen, is_kept, seen_of
 
 MOST_LOG2 = 40.0  # beyond it a factor is not meant
 _MOST_TEXT = 200
@@ -43,6 +43,7 @@ class Settled:
     outcome: m.Outcome
     factors: Factors | None  # in force before it; None where no step was seen
     step_seconds: float  # of the trial, geometric mean; in lockstep forward-equivalents; NaN if unknown
+    ordinary_seconds: float  # the same, of steps with the controls of before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +75,13 @@ def asked_by(decision: m.PhaseDecision) -> Asked | None:
     )
 
 
+def append_event(events: list[Event], event: Event) -> None:
+    """Restores in a row are kept as the one that went back furthest: refused jumps come by the hundred."""
+    if events and isinstance(event, Undone) and isinstance(events[-1], Undone):
+        event = Undone(step=min(event.step, events.pop().step))
+    events.append(event)
+
+
 def fold(
     kept: Sequence[Kept], events: Iterable[Event], asked: Mapping[Key, Asked]
 ) -> tuple[list[Kept], list[Trial]]:
@@ -93,9 +101,15 @@ def fold(
             continue  # a jump that leaves the controls as they stand
         seen = None
         if wanted.controls is not None:
-            seen = seen_of(outcome, before=stands, after=wanted.controls, step_seconds=event.step_seconds)
+            seen = seen_of(
+                outcome,
+                before=stands,
+                after=wanted.controls,
+                step_seconds=event.step_seconds,
+                ordinary_seconds=event.ordinary_seconds,
+            )
         trials.append(Trial(change=change, asked=wanted, outcome=outcome, seen=seen))
-        if outcome.verdict is m.Verdict.ACCEPTED and wanted.controls is not None:
+        if is_kept(outcome) and wanted.controls is not None:
             stack.append((outcome.base_step + outcome.probation_steps, wanted.controls))
     return stack, trials
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import messages as m
-from common.trial_seen import Seen, seen_of, seen_words, share_words
+from common.trial_seen import Seen, is_kept, seen_of, seen_words, share_words
 from tests.common.message_samples import values
 
 TWICE = m.Controls(batch_factor=2.0)
@@ -43,6 +43,24 @@ def test_twice_the_batch_in_steps_of_half_again_the_time_is_a_third_more() -> No
     back = seen_of(judged(), before=TWICE, after=NEUTRAL, step_seconds=0.1)
     assert back is not None
     assert back.share == pytest.approx(-0.5)
+
+
+def test_it_is_against_steps_with_the_controls_of_before_where_their_time_is_known() -> None:
+    """The outcome's 0.1 s is a median of two kinds of steps for 64 steps after a kept change of the batch."""
+    for ordinary_seconds, share in ((0.2, 1.0), (0.1, 0.0), (math.nan, 0.0), (0.0, 0.0), (-1.0, 0.0)):
+        seen = seen_of(
+            judged(), before=NEUTRAL, after=HIGHER, step_seconds=0.1, ordinary_seconds=ordinary_seconds
+        )
+        assert seen is not None
+        assert seen.share == pytest.approx(share)
+
+
+@pytest.mark.parametrize("verdict", m.Verdict)
+def test_it_is_kept_if_accepted_or_if_there_was_no_guard_to_undo_it(verdict: m.Verdict) -> None:
+    guarded = replace(judged(), verdict=verdict, lost_steps=16)
+    assert is_kept(guarded) is (verdict is m.Verdict.ACCEPTED)
+    assert is_kept(replace(guarded, lost_steps=0)) is (verdict in (m.Verdict.ACCEPTED, m.Verdict.REFUSED))
+    assert is_kept(replace(guarded, lost_steps=0, probation_steps=0)) is (verdict is m.Verdict.ACCEPTED)
 
 
 def test_a_loss_that_rose_is_a_loss_of_more_than_all_progress() -> None:

@@ -319,9 +319,9 @@ def test_whatever_is_asked_for_is_refused_or_makes_a_run_that_ends(
     assert 0.0 < plan.rate_factor < math.inf
 
 
-def test_an_own_loop_has_no_controls():
+def test_an_own_loop_has_no_controls_and_no_packing():
     check_own_loop(tiny_settings().trainer)
-    for switch in ALL_ON:
+    for switch in (*ALL_ON, "trainer.data.packing=document"):
         with pytest.raises(SettingsError, match="loop of your own"):
             check_own_loop(tiny_settings(switch).trainer)
 
