@@ -40,6 +40,9 @@ class DataSettings:
         0.05, "share of the files' bytes held out, by file", low=0.001, high=0.5
     )
     max_bytes: int = setting(64 * MIB, "stop collecting text here", low=1024, high=1 << 40)
+    packing: str = setting(
+        "stream", "document = no token sees another document (text)", choices=("stream", "document")
+    )
     cache_dir: str = setting("", "tokens and vocabulary; empty = ~/.cache/hybrid-predict-trainer")
 
 

@@ -1,21 +1,21 @@
-"""What a trial of controls was seen to bring, for people: pure, and one answer for page and predictor.
+"""What became of a trial of controls, for people: pure, and one answer for page and predictor.
 
-    with     (loss before - loss at the end) / (steps * seconds of a step with the change)
-    without  (loss before - forecast) / (steps * batch change * seconds of an ordinary step)
-    seen     with / without - 1, as a share; its uncertainty is one deviation of the forecast
+    with     loss before - loss at the end of the trial
+    without  loss before - loss at the end of the run without it, after as much time (several ranks: data)
+    seen     with / without - 1: a share of progress per second, give or take what a guard loss shakes by
 
-Losses are the trainer's, on the guard batches. Its forecast is of the same data (trainer_node/jump.py), for
-which a run without the change takes `batch change` times as many steps. Decides nothing: what a predictor
-learns from a trial is its own business (predictor_node/control_reward.py).
+Losses are the trainer's, on the guard batches (trainer_node/control_twin.py; loss_forecast is that of the run
+without the change). Decides nothing: what a predictor learns from a trial is its own business
+(predictor_node/control_reward.py).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
-from common.messages import Controls, Outcome
+from common.control_rules import is_beside_twin
+from common.messages import Controls, Outcome, Verdict
 
 TOLD_SPREADS = 2.0  # below that many deviations a fall is not told from none
 _MOST_PERCENT = 999.0
@@ -26,27 +26,28 @@ class Seen(NamedTuple):
     spread: float  # one standard deviation, >= 0
 
 
-def seen_of(outcome: Outcome, *, before: Controls, after: Controls, step_seconds: float) -> Seen | None:
+def is_kept(outcome: Outcome) -> bool:
+    """Whether what was proposed stays. Without the guard a refused change does: nothing is undone."""
+    is_undone = outcome.lost_steps > 0 or not outcome.probation_steps
+    return outcome.verdict is Verdict.ACCEPTED or (outcome.verdict is Verdict.REFUSED and not is_undone)
+
+
+def seen_of(outcome: Outcome, *, before: Controls, after: Controls) -> Seen | None:
     """None where the losses do not say.
 
     They do not where more than rate and batch changes (losses of other contexts do not compare), where
     nothing was measured, and where the fall without the change is within two of its deviations: a share of
     it would be a share of noise (digits runs: +882 ± 871 %; a fall forecast of 0.000 ± 0.022 nats).
-
-    step_seconds: geometric mean of the steps of the trial, in the unit of the outcome's seconds.
     """
-    alike = replace(before, rate_factor=after.rate_factor, batch_factor=after.batch_factor)
-    if alike != after or not before.batch_factor > 0.0:
+    if not is_beside_twin(after, before):
         return None
     fall, fall_without = outcome.loss_before - outcome.loss_end, outcome.loss_before - outcome.loss_forecast
-    spread, ordinary_seconds = outcome.loss_spread, outcome.full_step_seconds
-    is_measured = all(map(math.isfinite, (fall, fall_without, spread, step_seconds, ordinary_seconds)))
-    if not is_measured or min(step_seconds, ordinary_seconds) <= 0.0:
+    spread = outcome.loss_spread
+    if not all(map(math.isfinite, (fall, fall_without, spread))):
         return None
     if fall_without <= max(0.0, TOLD_SPREADS * spread):
         return None
-    faster = after.batch_factor / before.batch_factor * (ordinary_seconds / step_seconds)
-    ratio = fall / fall_without * faster
+    ratio = fall / fall_without
     seen = Seen(ratio - 1.0, abs(ratio * spread / fall_without))
     return seen if all(map(math.isfinite, seen)) else None
 
@@ -58,12 +59,14 @@ def share_words(seen: Seen) -> str:
     return f"{share:+.0f} ± {spread:.0f} %".replace("-", "\N{MINUS SIGN}")
 
 
-def seen_words(seen: Seen | None, outcome: Outcome) -> str:
-    """ "+10 ± 6 % seen", else how far the judge found the loss from its forecast; "" if it did not look."""
+def seen_words(seen: Seen | None, outcome: Outcome, *, beside_twin: bool = True) -> str:
+    """ "+10 ± 6 % seen", else how far the loss was from that of the run without it; "" if nobody looked."""
     if seen is not None:
         return f"{share_words(seen)} seen"
     excess_nats = outcome.loss_end - outcome.loss_forecast
     if not (math.isfinite(excess_nats) and math.isfinite(outcome.loss_spread)):
-        return ""
+        is_ruin = beside_twin and math.isfinite(outcome.loss_end - outcome.loss_before)
+        return f"loss {outcome.loss_end:.3g} half-way, {outcome.loss_before:.3g} before" if is_ruin else ""
     side = "above" if excess_nats > 0.0 else "below"
-    return f"loss {abs(excess_nats):.2g} ± {outcome.loss_spread:.2g} {side} the forecast without it"
+    other = "the run" if beside_twin else "the forecast"
+    return f"loss {abs(excess_nats):.2g} ± {outcome.loss_spread:.2g} {side} {other} without it"

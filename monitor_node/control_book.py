@@ -8,7 +8,6 @@ tried, why, and what became of it is the join of decisions and outcomes (control
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -28,6 +27,7 @@ from monitor_node.control_trials import (
     Settled,
     Trial,
     Undone,
+    append_event,
     asked_by,
     asked_under,
     change_words,
@@ -35,13 +35,17 @@ from monitor_node.control_trials import (
 )
 from monitor_node.series import Curve, append_bounded
 
-MAX_EVENTS = 240  # outcomes and restores; of older ones only what is in force stays
-MAX_KEPT = 120  # trials of events that are gone; a restore behind all of them has the trainer's word
+# Outcomes and restores; of older ones the trials stay, and what is in force. So far may decisions be behind:
+# where old history was trimmed away, a monitor that starts late has read hundreds of outcomes before them.
+MAX_EVENTS = 1024
+MAX_TRIALS = 400  # the newest; jumps, which come by the hundred, drive none of them out
+MAX_KEPT = 120  # changes kept by events that are gone; a restore behind all of them has the trainer's word
 MAX_CHANGES = 240
 MAX_ASKED = 4096  # decisions that ask for controls: few, and a monitor that starts late reads them far ahead
 MAX_OTHERS = STREAMS[DECISIONS].fuse_entries  # all that can be on the stream
 MAX_MISSED = 512
 _SECONDS_STEPS = 512
+_ORDINARY_STEPS = 64  # as many as the trainer's own median is of
 _MOST_LOG10 = 18.0
 
 _RATE = features.INDEX["log2_rate_factor"]
@@ -49,7 +53,6 @@ _BATCH = features.INDEX["log2_batch_factor"]
 _CONTEXT = features.INDEX["context_share"]
 _HAS_NOISE = features.INDEX["has_noise_scale"]
 _NOISE = features.INDEX["log10_noise_scale_over_batch"]
-_STEP_SECONDS = features.INDEX["log10_step_seconds"]
 _PROGRESS = features.INDEX["progress"]
 
 _Told = TypeVar("_Told")
@@ -69,18 +72,15 @@ class ControlBook:
     _was_asked: bool = False  # for any value that is not as configured
     _kept_before: list[Kept] = field(default_factory=list)  # of events that are gone
     _events: list[Event] = field(default_factory=list)
+    _settled: set[Key] = field(default_factory=set)  # those of these events
+    _trials_before: list[Trial] = field(default_factory=list)  # of events that are gone
     _folded: tuple[list[Kept], list[Trial]] | None = None  # of these events
-    _log10_seconds: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_SECONDS_STEPS))
 
     def started(self, generation: int) -> None:
         self._generation = generation
 
     def observed(self, step: int, values: Sequence[float]) -> None:
         """`values`: the features of a step, in the order of common.features."""
-        if abs(values[_STEP_SECONDS]) < _MOST_LOG10:
-            while self._log10_seconds and self._log10_seconds[-1][0] >= step:
-                self._log10_seconds.pop()
-            self._log10_seconds.append((step, values[_STEP_SECONDS]))
         self.done_share = min(1.0, max(0.0, values[_PROGRESS])) if math.isfinite(values[_PROGRESS]) else None
         if values[_HAS_NOISE] > 0.5 and abs(values[_NOISE]) < _MOST_LOG10:
             self.noise.add(step, 10.0 ** values[_NOISE])
@@ -94,7 +94,7 @@ class ControlBook:
     def decided(self, decision: m.PhaseDecision) -> None:
         key, asked = (decision.base_generation, decision.decision_id), asked_by(decision)
         if asked is None:
-            if self._missed.pop(key, None) is None and key not in self._settled_keys():
+            if self._missed.pop(key, None) is None and not self._dropped(key):
                 _remember(self._others, key, None, MAX_OTHERS)
             return
         self._was_asked |= asked.controls != NEUTRAL
@@ -110,7 +110,7 @@ class ControlBook:
         if key in self._others:
             del self._others[key]
             return
-        if key in self._settled_keys():
+        if key in self._settled:
             return
         if outcome.verdict in (m.Verdict.REST, m.Verdict.MISSING) and asked_under(key, self._asked) is None:
             _remember(self._missed, key, outcome, MAX_MISSED)  # nobody may ever have answered
@@ -118,10 +118,7 @@ class ControlBook:
         self._settle(key, outcome)
 
     def _settle(self, key: Key, outcome: m.Outcome) -> None:
-        base_step, end_step = outcome.base_step, outcome.base_step + outcome.probation_steps
-        on_trial = [value for step, value in self._log10_seconds if base_step < step <= end_step]
-        factors = self._factors_at(base_step)
-        self._log(Settled(key=key, outcome=outcome, factors=factors, step_seconds=_geometric_mean(on_trial)))
+        self._log(Settled(key=key, outcome=outcome, factors=self._factors_at(outcome.base_step)))
 
     def cut_above(self, step: int) -> None:
         """Steps above this one were undone. What was tried stays, as proposals do."""
@@ -144,8 +141,8 @@ class ControlBook:
 
     @property
     def trials(self) -> list[Trial]:
-        """Those with a verdict, oldest first."""
-        return self._fold()[1]
+        """The newest MAX_TRIALS with a verdict, oldest first."""
+        return [*self._trials_before, *self._fold()[1]][-MAX_TRIALS:]
 
     @property
     def in_force(self) -> m.Controls:
@@ -161,9 +158,8 @@ class ControlBook:
         """The newest decision without a verdict that this step can be the trial of."""
         if not self._was_asked:
             return None
-        settled = self._settled_keys()
         for key, asked in reversed(self._asked.items()):
-            if key in settled or (self._generation and key[0] != self._generation):
+            if key in self._settled or (self._generation and key[0] != self._generation):
                 continue
             if 0 < step - asked.base_step <= probation_steps:
                 return asked
@@ -173,8 +169,17 @@ class ControlBook:
         """In words: against what was kept so far."""
         return change_words(control_trials.standing(self._fold()[0], None), asked.controls)
 
-    def _settled_keys(self) -> set[Key]:
-        return {event.key for event in self._events if isinstance(event, Settled)}
+    def _dropped(self, key: Key) -> bool:
+        """Whether an outcome was kept that turns out to be that of no trial: it goes."""
+        if key not in self._settled:
+            return False
+        events, self._events = self._events, []
+        for event in events:
+            if not (isinstance(event, Settled) and event.key == key):
+                append_event(self._events, event)
+        self._settled.discard(key)
+        self._folded = None
+        return True
 
     def _factors_at(self, step: int | None) -> Factors | None:
         """By the trainer's word; None = the newest step."""
@@ -182,15 +187,19 @@ class ControlBook:
         return told[-1][1:3] if told else None
 
     def _log(self, event: Event) -> None:
-        self._events.append(event)
+        append_event(self._events, event)
+        if isinstance(event, Settled):
+            self._settled.add(event.key)
         self._folded = None
         if len(self._events) > MAX_EVENTS:
             gone = self._events[: MAX_EVENTS // 2]
-            kept, _ = fold(self._kept_before, gone, self._asked)
+            kept, trials = fold(self._kept_before, gone, self._asked)
             self._kept_before = kept[-MAX_KEPT:]
+            self._trials_before = [*self._trials_before, *trials][-MAX_TRIALS:]
             del self._events[: len(gone)]
             for key in (event.key for event in gone if isinstance(event, Settled)):
                 self._asked.pop(key, None)
+                self._settled.discard(key)
 
     def _fold(self) -> tuple[list[Kept], list[Trial]]:
         if self._folded is None:
@@ -208,7 +217,3 @@ def _remember(told: dict[Key, _Told], key: Key, value: _Told, most: int) -> None
     told[key] = value
     if len(told) > most:
         del told[next(iter(told))]
-
-
-def _geometric_mean(log10_values: Sequence[float]) -> float:
-    return 10.0 ** (math.fsum(log10_values) / len(log10_values)) if log10_values else math.nan

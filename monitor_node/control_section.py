@@ -12,8 +12,8 @@ from typing import Any
 from common.control_checks import switched_on
 from common.control_rules import NEUTRAL, any_on, schedule_of
 from common.control_settings import ControlSettings
-from common.messages import APPLIED_VERDICTS, Controls, Phase, Verdict
-from common.trial_seen import seen_words, share_words
+from common.messages import APPLIED_VERDICTS, Controls, Outcome, Phase, Verdict
+from common.trial_seen import is_kept, seen_words, share_words
 from monitor_node.control_book import ControlBook
 from monitor_node.control_trials import Trial, change_words
 from monitor_node.run_view import RunView
@@ -61,7 +61,8 @@ def controls_section(view: RunView) -> dict[str, Any]:
 
 def control_series(view: RunView) -> dict[str, list[Any]]:
     """controls: (first step, rate factor, batch factor, context in tokens or None), one row a change.
-    control_trials: (base step, change, verdict, why). noise_scale: (step, noise scale / batch).
+    control_trials: (base step, change, verdict, why, whether it is kept).
+    noise_scale: (step, noise scale / batch).
     """
     book = view.curves.controls
     return {
@@ -70,7 +71,13 @@ def control_series(view: RunView) -> dict[str, list[Any]]:
             for step, rate, batch, share in book.changes
         ],
         "control_trials": [
-            (trial.outcome.base_step, trial.change, trial.outcome.verdict.value, trial_words(trial))
+            (
+                trial.outcome.base_step,
+                trial.change,
+                trial.outcome.verdict.value,
+                trial_words(trial),
+                is_kept(trial.outcome),
+            )
             for trial in book.trials
         ],
         "noise_scale": book.noise.points(),
@@ -95,8 +102,12 @@ def expected_steps(view: RunView) -> int | None:
 def trial_words(trial: Trial) -> str:
     """ "batch ×2: noise scale 3.1× batch, +12 % progress per second forecast, +10 ± 4 % seen; kept"."""
     told = ": ".join(filter(None, (trial.change, _reason(trial))))
-    became = _BECAME.get(trial.outcome.verdict, trial.outcome.verdict.value)
-    return "; ".join((", ".join(filter(None, (told, seen_words(trial.seen, trial.outcome)))), became))
+    became = _became(trial.outcome)
+    return "; ".join((", ".join(filter(None, (told, _seen(trial)))), became))
+
+
+def _seen(trial: Trial) -> str:
+    return seen_words(trial.seen, trial.outcome, beside_twin=trial.is_beside_twin)
 
 
 def _row(trial: Trial) -> dict[str, Any]:
@@ -106,7 +117,8 @@ def _row(trial: Trial) -> dict[str, Any]:
         "step": outcome.base_step,
         "change": trial.change,
         "verdict": outcome.verdict.value,
-        "became": _BECAME.get(outcome.verdict, outcome.verdict.value),
+        "became": _became(outcome),
+        "is_kept": is_kept(outcome),
         "reason": _reason(trial) or None,
         "seen": share_words(trial.seen) if trial.seen else None,
         "seen_share": trial.seen.share if trial.seen else None,
@@ -117,6 +129,12 @@ def _row(trial: Trial) -> dict[str, Any]:
         "lost_steps": outcome.lost_steps,
         "words": trial_words(trial),
     }
+
+
+def _became(outcome: Outcome) -> str:
+    if outcome.verdict is Verdict.REFUSED and is_kept(outcome):
+        return "kept: its loss was not finite, but without the guard nothing is undone"
+    return _BECAME.get(outcome.verdict, outcome.verdict.value)
 
 
 def _reason(trial: Trial) -> str:
@@ -139,7 +157,7 @@ def _words(view: RunView, stands: Controls, trials: list[Trial], on_trial: str |
         said.append(f"on trial: {on_trial}")
     applied = [trial.outcome for trial in trials if trial.outcome.verdict in APPLIED_VERDICTS]
     if applied:
-        kept = sum(outcome.verdict is Verdict.ACCEPTED for outcome in applied)
+        kept = sum(map(is_kept, applied))
         lost_steps = sum(outcome.lost_steps for outcome in applied)
         undone = f" ({lost_steps:,} steps undone)" if lost_steps else ""
         said.append(f"{kept} of {len(applied)} trials kept{undone}")

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from common import control_rules
 from common import messages as m
-from common.control_rules import NEUTRAL
-from common.trial_seen import Seen, seen_of
+from common.control_rules import NEUTRAL, is_beside_twin
+from common.trial_seen import Seen, is_kept, seen_of
 
 MOST_LOG2 = 40.0  # beyond it a factor is not meant
 _MOST_TEXT = 200
@@ -37,12 +37,11 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settled:
-    """An outcome that may be that of a trial, with what the trainer showed before it and during it."""
+    """An outcome that may be that of a trial, with what the trainer showed before it."""
 
     key: Key
     outcome: m.Outcome
     factors: Factors | None  # in force before it; None where no step was seen
-    step_seconds: float  # of the trial, geometric mean; in lockstep forward-equivalents; NaN if unknown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +60,7 @@ class Trial:
     asked: Asked
     outcome: m.Outcome
     seen: Seen | None
+    is_beside_twin: bool  # judged against a real run without it, not a forecast
 
 
 def asked_by(decision: m.PhaseDecision) -> Asked | None:
@@ -72,6 +72,13 @@ def asked_by(decision: m.PhaseDecision) -> Asked | None:
         base_step=decision.base_step,
         reason=decision.reason[:_MOST_TEXT],
     )
+
+
+def append_event(events: list[Event], event: Event) -> None:
+    """Restores in a row are kept as the one that went back furthest: refused jumps come by the hundred."""
+    if events and isinstance(event, Undone) and isinstance(events[-1], Undone):
+        event = Undone(step=min(event.step, events.pop().step))
+    events.append(event)
 
 
 def fold(
@@ -93,9 +100,10 @@ def fold(
             continue  # a jump that leaves the controls as they stand
         seen = None
         if wanted.controls is not None:
-            seen = seen_of(outcome, before=stands, after=wanted.controls, step_seconds=event.step_seconds)
-        trials.append(Trial(change=change, asked=wanted, outcome=outcome, seen=seen))
-        if outcome.verdict is m.Verdict.ACCEPTED and wanted.controls is not None:
+            seen = seen_of(outcome, before=stands, after=wanted.controls)
+        beside = wanted.controls is not None and is_beside_twin(wanted.controls, stands)
+        trials.append(Trial(change=change, asked=wanted, outcome=outcome, seen=seen, is_beside_twin=beside))
+        if is_kept(outcome) and wanted.controls is not None:
             stack.append((outcome.base_step + outcome.probation_steps, wanted.controls))
     return stack, trials
 

@@ -56,9 +56,6 @@ _WORDS = {
     "prediction_error": "forecast {:.4g} nats, happened {:.4g}: off by {:.0%}",
 }
 
-# Verdicts after which the run is where the forecast said it would be.
-_WITHOUT_JUMP = (Verdict.REST, Verdict.VETOED)
-
 
 class Level(enum.IntEnum):
     NORMAL = 0
@@ -233,7 +230,7 @@ def _due_claims(state: DivergenceState) -> tuple[DivergenceState, list[_Finding]
 def _claimed_loss(forecast: Forecast, verdict: Verdict) -> float | None:
     if verdict is Verdict.ACCEPTED:
         return forecast.loss
-    return forecast.loss_without if verdict in _WITHOUT_JUMP else None
+    return forecast.loss_without if verdict in (Verdict.REST, Verdict.VETOED) else None
 
 
 def _remembered(state: DivergenceState, step: int, loss: float, norm: float | None) -> DivergenceState:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from common.messages import Alert
 from common.streams import HISTORY, MONITOR, NODES, PREDICTOR, STREAMS, TRAINER
+from monitor_node.control_section import expected_steps
 from monitor_node.liveness import Liveness
 from monitor_node.run_view import RunView
 from monitor_node.trend import fit_trend
@@ -262,7 +263,7 @@ def facts_of(view: RunView, *, now_seconds: float) -> Facts | None:
     }
     return Facts(
         step=view.step,
-        total_steps=trainer.steps,
+        total_steps=expected_steps(view) or trainer.steps,
         window_steps=trainer.window_steps,
         steps_per_second=view.steps_per_second,
         still_seconds=watch.still_seconds(TRAINER, now_seconds),

@@ -48,7 +48,9 @@ class Watch:
     _readable_since_seconds: float = -math.inf
 
     def heard(self, beat: Heartbeat, *, at_seconds: float) -> None:
-        """Take a heartbeat that arrived at `at_seconds`; one of an older start is ignored."""
+        """Take a heartbeat that arrived at `at_seconds`; one of an older start or of no node is ignored."""
+        if beat.node not in NODES:
+            return
         life = self.lives.get(beat.node)
         if life is not None and beat.generation < life.beat.generation:
             return

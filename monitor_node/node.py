@@ -140,7 +140,9 @@ class MonitorNode:
             raise Fenced(f"a newer monitor watches run {self.view.run_id}; this one stops")
         if self._reader.caught_up:
             sample_seconds = self.view.settings.monitor.sample_seconds
-            if self.view.ended is None and self._is_due("sample", sample_seconds):
+            if self.view.ended is not None:  # nobody needs the memory any more
+                self._enforcer = replace(self._enforcer, memory_reason="")
+            elif self._is_due("sample", sample_seconds):
                 self._sample()
             self._obey()
             self._object_to_divergence()

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 
 from common import messages as m
+from common.trial_seen import is_kept
 
 ProposalMark = tuple[int, int, str, float | None, float | None, str]
 Key = tuple[int, str]  # generation of the trainer (0 = not known), decision id
@@ -123,6 +124,8 @@ def proposal_mark(outcome: m.Outcome, said: Said | None) -> ProposalMark:
 def why(outcome: m.Outcome, said: Said | None) -> str:
     """What became of it, with the losses that decided, and what the predictor said for it."""
     text = _WHY.get(outcome.verdict, outcome.verdict.value)
+    if outcome.verdict is m.Verdict.REFUSED and is_kept(outcome):
+        text = "kept: its loss was not finite, but without the guard nothing is undone"
     if math.isfinite(outcome.loss_end) and math.isfinite(outcome.loss_forecast):
         text += f" ({outcome.loss_end:.4g} with it, {outcome.loss_forecast:.4g} without)"
     return f"{text}; proposed as {said.reason}" if said is not None and said.reason else text

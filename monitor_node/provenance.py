@@ -7,6 +7,8 @@ are read as data from elsewhere: bounded, strict, and unknown where they are not
 from __future__ import annotations
 
 import json
+import stat
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,22 +67,32 @@ def _text(value: object) -> str | None:
 
 
 class ProvenanceReader:
-    """`look` as often as one likes, at most once a second: a file is read again only when it has changed."""
+    """A file is read again only when it has changed. Its thread lives while it reads: a disk may hang."""
 
     def __init__(self, run_folder: Path | None) -> None:
+        """`run_folder` None: the run is on another machine, and nothing is known of it."""
         self._run_folder = run_folder
         self._read_at: tuple[str, int] | None = None  # (file, its time of change in ns)
         self._found = UNKNOWN
+        self._thread: threading.Thread | None = None
 
     def look(self) -> Provenance:
-        """Two stat calls; UNKNOWN for a run of another machine."""
+        """What is known so far. Never waits; begins the next look. At most once a second."""
+        if self._run_folder is not None and (self._thread is None or not self._thread.is_alive()):
+            self._thread = threading.Thread(target=self.look_now, name="provenance", daemon=True)
+            self._thread.start()
+        return self._found
+
+    def look_now(self) -> Provenance:
+        """In this thread: it takes as long as the disk does. UNKNOWN for a run of another machine."""
         if self._run_folder is None:
             return UNKNOWN
         for name in FILES:
-            path = self._run_folder / name
             try:
+                path = self._run_folder / name
                 facts = path.stat()
-                if (name, facts.st_mtime_ns) != self._read_at and facts.st_size <= MAX_FILE_BYTES:
+                is_new = (name, facts.st_mtime_ns) != self._read_at
+                if is_new and stat.S_ISREG(facts.st_mode) and facts.st_size <= MAX_FILE_BYTES:
                     self._found = provenance_of(path.read_text(encoding="utf-8", errors="replace"))
                     self._read_at = (name, facts.st_mtime_ns)
             except OSError:

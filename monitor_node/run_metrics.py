@@ -126,7 +126,8 @@ class MetricsReader:
                 self.found.kept += record.get("verdict") == "accepted"
                 self.found.refused += record.get("verdict") in ("refused", "ruined")
             case "RunEnded":
-                self.found.ended_reason = str(record.get("reason"))[:40]
+                reason = record.get("reason")
+                self.found.ended_reason = reason[:40] if isinstance(reason, str) else "ended"
 
     def _take_evaluation(self, record: dict[str, Any]) -> None:
         """A later evaluation of a step stands for that step: what was undone is said twice."""

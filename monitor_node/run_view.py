@@ -33,7 +33,6 @@ from monitor_node.stream_health import StreamBook
 from monitor_node.thresholds import LevelState, limits_of, next_level
 from monitor_node.timing import TimeBook, account_of
 
-UNDONE = (m.Verdict.REFUSED, m.Verdict.RUINED, m.Verdict.ABORTED)
 _LOSS = features.INDEX["loss"]
 _SLOPE = features.INDEX["loss_slope_64"]
 _UNITS_PER_STEP = features.INDEX["log10_units_per_step"]
@@ -164,7 +163,8 @@ class RunView:
             self._warn("settings_unreadable", f"settings of the run: {error}", sent_unix_seconds)
         if message.feature_version != features.VERSION:
             text = f"features are version {message.feature_version}, this monitor reads {features.VERSION}"
-            self._warn("feature_version", f"{text}: loss and speed stay unknown; install one version", 0.0)
+            text += ": loss and speed stay unknown; install one version"
+            self._warn("feature_version", text, sent_unix_seconds)
         self._undo_above(message.first_step)
         self.jumps.started(message.generation)
         self.curves.controls.started(message.generation)
@@ -215,11 +215,14 @@ class RunView:
     def _fold_outcome(self, message: m.Outcome, sent_unix_seconds: float) -> None:
         self.verdicts[message.verdict] += 1
         self.lost_steps += message.lost_steps
+        goes_back = message.lost_steps > 0 and message.attempt > self.attempt
         self.attempt = message.attempt
         self.divergence, _ = divergence.settled(
             self.divergence, message, probation_steps=self.settings.trainer.probation_steps
         )
-        if message.verdict in UNDONE:
+        # The verdict alone does not say: FAILED may be either, REFUSED too. Beside a twin the run has gone back
+        # before: its steps are of this attempt already.
+        if goes_back:
             self._undo_above(message.base_step)
             self.step = message.base_step
         if message.verdict is m.Verdict.ACCEPTED:

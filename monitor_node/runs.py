@@ -133,7 +133,7 @@ class RunsFolder:
         run.steps, run.seconds = found.step, found.seconds
         run.loss_first, run.loss_last, run.loss_last_marker = found.loss_first, found.loss, found.loss_marker
         run.kept, run.refused, run.virtual_share = found.kept, found.refused, found.virtual_share
-        run.status = found.ended_reason or "not ended"
+        run.status = plain_text(found.ended_reason or "not ended")
 
 
 def settings_that_differ(runs: list[Run]) -> list[str]:

@@ -141,7 +141,7 @@ def read_run(bus: Bus, run_id: str, clock: Clock, *, run_folder: Path | None = N
     view.stream_lengths = lengths
     names = [row.written.name for row in reversed(view.checkpoints)]
     view.checkpoint_checks = CheckpointChecks(run_folder).look_at_all(names)
-    view.provenance = ProvenanceReader(run_folder).look()
+    view.provenance = ProvenanceReader(run_folder).look_now()
     return view
 
 

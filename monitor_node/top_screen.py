@@ -138,13 +138,18 @@ def _progress(snapshot: Mapping[str, Any], width: int) -> list[Text]:
         f"virtual {now['virtual_share']:.1%}",
         f"undone {_count(now['lost_steps'])}",
     ]
-    return [bar, Text("  ".join(facts)), *_controls(snapshot)]
+    return [bar, Text("  ".join(facts)), *_controls(snapshot, width)]
 
 
-def _controls(snapshot: Mapping[str, Any]) -> list[Text]:
-    """One line on what the predictor may change besides weights; none of a run without it."""
+def _controls(snapshot: Mapping[str, Any], width: int) -> list[Text]:
+    """What the predictor may change besides weights, in at most three lines; none of a run without it."""
     controls = snapshot.get("controls")
-    return [_line(("Controls", "bold"), (f"  {clean(controls['words'])}", ""))] if controls else []
+    if not controls:
+        return []
+    heading = "Controls  "
+    words = textwrap.wrap(heading + clean(controls["words"]), max(20, width), subsequent_indent="  ")
+    first = _line((heading, "bold"), (words[0].removeprefix(heading), ""))
+    return [first, *(Text(line) for line in words[1:3])]
 
 
 def _curve(snapshot: Mapping[str, Any], width: int, height: int) -> list[Text]:

@@ -50,8 +50,10 @@ def worth_of(
     return seen, math.tanh(seen - cost_share)
 
 
-def worth_beside_twin(outcome: Outcome) -> tuple[float, float | None]:
+def worth_beside_twin(outcome: Outcome, *, ordinary_seconds: float = math.nan) -> tuple[float, float | None]:
     """(seen, reward) of a trial of another rate or batch; seen is NaN where nothing was measured."""
+    if ordinary_seconds > 0.0:
+        outcome = replace(outcome, full_step_seconds=ordinary_seconds)
     gained_nats = outcome.loss_forecast - outcome.loss_end
     shake_nats = outcome.loss_spread if math.isfinite(outcome.loss_spread) else 0.0
     floor_nats = max(shake_nats, TINY_SLOPE_SHARE * abs(outcome.loss_forecast))

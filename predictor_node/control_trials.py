@@ -17,7 +17,7 @@ from common.control_rules import is_beside_twin, trial_steps, words
 from common.errors import CheckpointError
 from common.messages import APPLIED_VERDICTS, Controls, Outcome, Verdict
 from common.settings import RunSettings
-from common.trial_seen import seen_of, seen_words
+from common.trial_seen import is_kept, seen_of, seen_words
 from common.trying import check_passes
 from predictor_node.bandit import REST, LinUCB
 from predictor_node.budget import ExplorationBudget
@@ -135,7 +135,7 @@ class ControlTrials:
         self.open = None
         is_beside = is_beside_twin(trial.controls, trial.before)
         seen, reward = (
-            worth_beside_twin(outcome)
+            worth_beside_twin(outcome, ordinary_seconds=ordinary_seconds)
             if is_beside
             else worth_of(
                 outcome,
@@ -150,7 +150,7 @@ class ControlTrials:
             seen, reward = math.nan, reward if reward == UNDONE else None
         is_judged = outcome.verdict in APPLIED_VERDICTS and outcome.verdict is not Verdict.ABORTED
         if is_judged:
-            kept = outcome.verdict is Verdict.ACCEPTED
+            kept = is_kept(outcome)
             self._applied, self._undone = self._applied + 1, self._undone + (not kept)
             self._pace(trial, kept=kept, seen=seen)
             if reward is not None and not trial.is_exempt:
@@ -239,16 +239,10 @@ class ControlTrials:
             raise CheckpointError(f"damaged trials of controls: {error!r}") from None
 
 
-def is_kept(outcome: Outcome) -> bool:
-    """Without the guard a change that is refused stays: nothing is undone."""
-    is_undone = outcome.lost_steps > 0 or not outcome.probation_steps
-    return outcome.verdict is Verdict.ACCEPTED or (outcome.verdict is Verdict.REFUSED and not is_undone)
-
-
 def _told(trial: Trial, outcome: Outcome) -> str:
     """What was seen, in the words of the page."""
-    seen = seen_of(outcome, before=trial.before, after=trial.controls, step_seconds=trial.step_seconds)
-    return seen_words(seen, outcome)
+    seen = seen_of(outcome, before=trial.before, after=trial.controls)
+    return seen_words(seen, outcome, beside_twin=is_beside_twin(trial.controls, trial.before))
 
 
 def kind_of(arm: str) -> str:

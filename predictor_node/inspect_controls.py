@@ -17,6 +17,7 @@ _VERDICTS = {
     "accepted": "kept",
     "refused": "set back",
     "ruined": "set back",
+    "aborted": "set back",
     "missing": "too late",
     "stale": "too late",
 }

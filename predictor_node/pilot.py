@@ -23,9 +23,10 @@ from common.control_rules import is_beside_twin, trial_steps, words
 from common.errors import CheckpointError
 from common.messages import Controls, Forecast, Observation, Outcome, Phase, PhaseDecision
 from common.settings import RunSettings
+from common.trial_seen import is_kept
 from predictor_node.batch_law import StepTimes
 from predictor_node.control_arms import Candidate, Situation, candidates, due, urgent
-from predictor_node.control_trials import ControlTrials, Trial, is_kept
+from predictor_node.control_trials import ControlTrials, Trial
 from predictor_node.controls_in_force import InForce, agree, in_force_from_json, told_by, told_controls
 from predictor_node.evidence import LEVEL_STEPS, TREND_STEPS, Evidence, evidence_of, fastest_fall
 from predictor_node.fixed_policy import FITTED_WINDOWS, MAX_FITTED_STEPS

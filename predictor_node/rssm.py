@@ -4,10 +4,9 @@ After DreamerV3 (Hafner et al., arXiv 2301.04104), small: a GRU of 256, 8 catego
 1 % uniform mix, KL balance 0.5 / 0.1, free bits. One transition (`_advance`) serves observe, imagine and
 loss. Owns the network and its loss; data, normalising, optimizer and state belong to world_model.py.
 
-Differences from the paper, on purpose: codes are drawn in training only; live and imagined codes
-are expected values, so that arms are compared without sampling noise and an imagined run is
-differentiable. Free bits are 0.1 nat, not 1: 8x8 codes hold at most
-16.6 nats where the paper's 32x32 hold 111.
+Differences from the paper, on purpose: codes are drawn in training only; live and imagined codes are expected
+values, so that arms are compared without sampling noise and an imagined run is differentiable. Free bits are
+0.1 nat, not 1: 8x8 codes hold at most 16.6 nats where the paper's 32x32 hold 111.
 Shapes: T ticks, B sequences, N arms or rollouts, H hidden, Z codes, M members, K directions, O outputs.
 """
 
@@ -193,7 +192,7 @@ class Rssm(nn.Module):
         Codes are drawn with `noise` (T, B, Z), or expected values without.
         """
         recur, weigh = SharedProduct(acted, self.recur), SharedProduct(evidence, self.posterior_in)
-        hidden_T, code_T, posterior_T = [], [], []
+        latents, posteriors = [], []
         breaks = (going_on.amin((1, 2)) == 0.0).tolist()
         for tick, has_break in enumerate(breaks):
             if has_break:
@@ -201,21 +200,19 @@ class Rssm(nn.Module):
             hidden = self._advance(latent, tick, recur)
             posterior = self._probabilities(self.posterior_out(F.silu(weigh(tick, hidden))))
             latent = Latent(hidden, posterior if noise is None else self.draw(posterior, noise[tick]))
-            hidden_T.append(hidden)
-            code_T.append(latent.code)
-            posterior_T.append(posterior)
-        return Latent(torch.stack(hidden_T), torch.stack(code_T)), torch.stack(posterior_T)
+            latents.append(latent)
+            posteriors.append(posterior)
+        return Latent(*map(torch.stack, zip(*latents, strict=True))), torch.stack(posteriors)
 
     def imagine(self, latent: Latent, acted: Tensor) -> Latent:
         """Latents (T, N, ...) of T ticks that nobody saw, from expected priors. `acted` (T, N, 3H)."""
         recur = SharedProduct(acted, self.recur)
-        hidden_T, code_T = [], []
+        latents = []
         for tick in range(len(acted)):
             hidden = self._advance(latent, tick, recur)
             latent = Latent(hidden, self.prior(hidden))
-            hidden_T.append(hidden)
-            code_T.append(latent.code)
-        return Latent(torch.stack(hidden_T), torch.stack(code_T))
+            latents.append(latent)
+        return Latent(*map(torch.stack, zip(*latents, strict=True)))
 
     def decode(self, latent: Latent) -> Tensor:
         """(..., F) expected normalised features."""

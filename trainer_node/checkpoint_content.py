@@ -56,6 +56,7 @@ def files_beside_tensors(
         "ledger": loop.ledger.to_json(),
         "housekeeping": dict(housekeeping),
         "memory": loop.memory.to_json(),
+        "packing": loop.settings.data.packing,
     }
     yield "state.json", json.dumps(without_nan(state), sort_keys=True).encode()
 

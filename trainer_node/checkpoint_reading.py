@@ -78,6 +78,10 @@ def read(folder: Path, loop: Loop) -> Saved:
         state = with_nan(json.loads((folder / "state.json").read_text(encoding="utf-8")))
         if state["version"] != STATE_VERSION:
             raise CheckpointError(f"{folder}: state version {state['version']} is not {STATE_VERSION}")
+        if state.get("packing", "stream") != loop.settings.data.packing:
+            raise CheckpointError(
+                f"{folder}: was written with another trainer.data.packing; resume with its config.toml"
+            )
         tensors = _tensors(folder, loop)
         for table in (state["parameters"], table_of(tensors["model"])):
             check_same_model(folder, table, parameter_table(loop.task.model))

@@ -20,8 +20,6 @@ from common.parent import stop_on_signals, stop_when_parent_goes
 from common.settings import RunSettings
 from trainer_node.race.rules import RULES as RACE_RULES
 
-RUNS_DIR = "runs"
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hybrid-predict-trainer")
@@ -49,7 +47,7 @@ def _settings_options(command: Any) -> Any:
         click.option("--seed", type=int, metavar="N", help="Of weights, data order and samples."),
         click.option("--run-id", metavar="ID", help="Name of the run; default: preset and time."),
         click.option(
-            "--runs-dir", type=click.Path(path_type=Path), default=Path(RUNS_DIR), show_default=True,
+            "--runs-dir", type=click.Path(path_type=Path), default=Path("runs"), show_default=True,
             help="Where run folders live.",
         ),
         click.option(
@@ -164,11 +162,9 @@ def train(
     from trainer_node import run_folder
     from trainer_node.node import TrainerJob, run_trainer
 
-    existing = run_folder.RunFolder(runs_dir / chosen_id)
-    if resume and existing.config.is_file():
-        run, settings = run_folder.open_existing(existing.path)
-    else:
-        run = existing
+    run = run_folder.RunFolder(runs_dir / chosen_id)
+    if resume and run.config.is_file():
+        run, settings = run_folder.open_existing(run.path)
     job = TrainerJob(
         run=run, settings=settings, redis_url=redis_url, decisions_file=decisions_file, resume=resume
     )

@@ -12,6 +12,7 @@ and from snapshots.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -50,7 +51,7 @@ def end_ruined_trial(tools: JumpTools, jump: Jump, newest_loss: Tensor) -> Outco
     loss = float(newest_loss)
     if not tools.basis.split.ranks.any(is_ruin(loss, bound=jump.ruin_loss)):
         return None
-    jump.outcome = replace(jump.outcome, loss_end=loss)
+    jump.outcome = replace(jump.outcome, loss_end=loss, loss_forecast=math.nan, loss_spread=math.nan)
     return restore_jump(tools, jump, Verdict.REFUSED)
 
 

@@ -187,3 +187,8 @@ def check_own_loop(settings: TrainerSettings) -> None:
             "a loop of your own keeps its rate and batch: leave all of [trainer.controls] off, or train with"
             " trainer-node"
         )
+    if settings.data.packing != "stream":
+        raise SettingsError(
+            "a loop of your own keeps its data: leave trainer.data.packing at stream, or train with"
+            " trainer-node"
+        )

@@ -5,7 +5,8 @@ Training order: each epoch is a permutation of all items drawn from (seed, epoch
 used exactly once per epoch and a batch may straddle two. For text an item is a window of T tokens;
 windows do not overlap, and their grid starts at a random offset in [0, T) that is new each epoch.
 Guard batches come from the end of the training split, are never trained on and never score a result.
-Reads arrays, decides nothing about their contents. For a GPU the next batches of text are made in a thread
+Reads arrays, decides nothing about their contents: where documents begin is for the model to see, in the
+tokens (trainer.data.packing). For a GPU the next batches of text are made in a thread
 (prefetch.py), on the host and pinned.
 
 B items per batch, T tokens per window, N tokens in a split.

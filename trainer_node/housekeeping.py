@@ -68,13 +68,11 @@ class Housekeeping:
 
     def begin(self, loop: Loop) -> None:
         """Before the first step of a fresh run: the first held-out loss."""
-        settings = loop.settings
-        self._next_evaluation_step = settings.evaluate_every_steps
+        self._next_evaluation_step = loop.settings.evaluate_every_steps
         self._next_checkpoint_step = self._checkpoint_steps(loop)
         self.evaluate(loop)
 
     def __call__(self, loop: Loop) -> None:
-        settings = loop.settings
         if self._is_checkpoint_due(loop) or self._spikes.is_due(loop):
             former = self._spikes.look(loop, settle=self._is_checkpoint_due(loop))
             if former is not None:
@@ -82,7 +80,7 @@ class Housekeeping:
                 self._told_lost = False
         step = loop.progress.step
         if step >= self._next_evaluation_step and not loop.is_over:
-            self._next_evaluation_step = step + settings.evaluate_every_steps
+            self._next_evaluation_step = step + loop.settings.evaluate_every_steps
             self.evaluate(loop)
         if self._is_checkpoint_due(loop):
             is_sound = self._spikes.is_sound(loop)
@@ -244,15 +242,14 @@ class Housekeeping:
         before = held_bytes(loop.task.device)
         if isinstance(order, CheckpointRequest):
             saved = self.save(loop, emergency=order.emergency, is_awaited=True)
-            order_id = order.request_id
             what = "checkpoint" if saved else "no checkpoint could be saved"
             result = Done(saved, f"{what} at step {loop.progress.step}: {order.reason}")
         elif isinstance(order, StopRequest):
             loop.stop_requested = True
-            order_id = order.request_id
             result = Done(True, f"stops at step {loop.progress.step}: {order.reason}")
         else:
-            order_id, result = order.order_id, carry_out(loop, order.action, undo=order.undo)
+            result = carry_out(loop, order.action, undo=order.undo)
+        order_id = order.request_id if isinstance(order, CheckpointRequest | StopRequest) else order.order_id
         self._emit(
             OrderDone(
                 order_id=order_id,

@@ -75,8 +75,7 @@ class Hybrid:
 
         Raises UserError for a mistake, before anything is written; BusError where no server answers.
         """
-        given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-        optimizers = [unwrapped(one) for one in given]
+        optimizers = [unwrapped(o) for o in (optimizer if isinstance(optimizer, Sequence) else [optimizer])]
         check_own(model, optimizers, steps)
         self._nodes: OwnNodes | None = None
         self.loop: OwnLoop | None = None
@@ -273,8 +272,6 @@ class Hybrid:
         try:
             self._guard.load(state["held"])
             self._resumed_from = read_state(self.loop, state, weights)
-        except CheckpointError:
-            raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"not a state of Hybrid for this model: {error!r}"[:300]) from None
 

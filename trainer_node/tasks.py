@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from common.control_rules import any_on
-from common.settings import TrainerSettings
+from common.errors import DataError, SettingsError
+from common.settings import ModelSettings, TrainerSettings
 from trainer_node.corpus import collect
 from trainer_node.data import Batch, HeldOutText, ImageBatches, TextBatches, TrainBatches, place
 from trainer_node.model.cnn import DigitsCNN
@@ -26,7 +28,7 @@ from trainer_node.model.gpt import GPT
 from trainer_node.model.mlp import RegressionMLP
 from trainer_node.split import WHOLE, Split
 from trainer_node.synthetic import RegressionBatches, held_out_regression
-from trainer_node.tokens import prepare_tokens
+from trainer_node.tokens import END_TOKEN, prepare_tokens
 
 DIGITS_SPLIT_SEED = 0  # the held-out digits are the same in every run
 SHAPES = 64  # for which a model is compiled at most; beyond that torch runs it as it is. Its default is 8
@@ -51,24 +53,41 @@ class Task:
 
 
 def build_task(settings: TrainerSettings, device: torch.device) -> Task:
-    """Raises DataError for the user's data, EnvironmentFault for the disk."""
+    """Raises DataError for the user's data, EnvironmentFault for the disk, SettingsError as build_model."""
     builders = {"language": language_task, "digits": digits_task, "regression": regression_task}
     return builders[settings.task](settings, device)
 
 
 def build_model(settings: TrainerSettings, device: torch.device) -> nn.Module:
-    """Freshly initialised; its shapes depend on the settings alone, never on the data."""
-    kinds = {"language": GPT, "digits": DigitsCNN, "regression": RegressionMLP}
-    kind: type[nn.Module] = kinds[settings.task]
+    """Freshly initialised; its shapes depend on the settings alone, never on the data.
+
+    Raises SettingsError for a packing by document of what has none.
+    """
+    document_token = END_TOKEN if settings.data.packing == "document" else None
+    if document_token is not None and settings.task != "language":
+        raise SettingsError(
+            f"trainer.data.packing = document: task {settings.task} has no documents; leave it at stream"
+        )
+    kinds: dict[str, Callable[[ModelSettings], nn.Module]] = {
+        "language": partial(GPT, document_token=document_token),
+        "digits": DigitsCNN,
+        "regression": RegressionMLP,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = kind(settings.model)
+        model = kinds[settings.task](settings.model)
     return model.to(device)
 
 
 def language_task(settings: TrainerSettings, device: torch.device) -> Task:
     data, batch, context = settings.data, settings.batch, settings.model.context_tokens
     corpus = collect(data.path, data.suffixes, data.max_bytes)
+    is_packed = data.packing == "document"
+    if is_packed and len(corpus.documents) == 1:
+        raise DataError(
+            f"{corpus.source}: is one document, and trainer.data.packing = document keeps documents apart;"
+            " give --data a folder of files or set it to stream"
+        )
     tokens = prepare_tokens(
         corpus,
         vocabulary_size=settings.model.vocabulary_size,
@@ -80,7 +99,8 @@ def language_task(settings: TrainerSettings, device: torch.device) -> Task:
     return Task(
         name="language",
         description=f"{corpus.source}: {train.documents} files, {train.tokens:,} tokens;"
-        f" held out: {held_out.documents} files, {held_out.tokens:,} tokens",
+        f" held out: {held_out.documents} files, {held_out.tokens:,} tokens"
+        + ("; each file sees itself alone" if is_packed else ""),
         device=device,
         model=model,
         loss=lambda batch: model(batch.inputs, batch.targets),

@@ -30,6 +30,7 @@ from trainer_node.corpus import Corpus, Document, split
 
 FORMAT = 1
 END = "<end>"
+END_TOKEN = 0  # its number in every vocabulary that train_tokenizer makes
 # Enough for a stable vocabulary: seconds instead of minutes on big corpora. Guess, untested.
 VOCABULARY_BYTES = 8 << 20
 # Per call of the encoder, whose tokens take about 100 bytes each until they are arrays. A longer document

@@ -171,8 +171,8 @@ def is_better_than_twin(
 ) -> bool:
     """Whether a trial that ended at `loss_with` goes on, not the run without it. Nats on the guard batches.
 
-    It must gain TWIN_GAIN_SHARE more than the other. A way out (a lower rate) of a run that gains nothing has to
-    be no worse by more than `spread`: where all is lost, both stand still for a while.
+    It must gain TWIN_GAIN_SHARE more than the other. A way out (a lower rate) of a run that gains nothing has
+    to be no worse by more than `spread`: where all is lost, both stand still for a while.
     """
     if not math.isfinite(loss_with):
         return False

@@ -4,6 +4,7 @@ import { byId } from "./dom.js";
 import { state } from "./feed.js";
 
 const KEPT_AS = "monitor-token";
+const MOST_LETTERS = 200; // of a refusal, which a proxy may have written
 const NAMES = { checkpoint: "checkpoint", pause: "pause of prediction", resume: "prediction again", stop: "stop" };
 
 export function drawActions() {
@@ -38,7 +39,8 @@ export async function act(action) {
       method: "POST", body: "{}", headers: { Authorization: "Bearer " + token, "Content-Type": "application/json" },
     });
     if (answer.status === 401) sessionStorage.removeItem(KEPT_AS);
-    if (!answer.ok) return say(answer.status === 401 ? "wrong token: nothing was asked" : `refused (${answer.status})`, true);
+    if (answer.status === 401) return say("wrong token: nothing was asked", true);
+    if (!answer.ok) return say(`refused (${answer.status}): ${(await answer.text()).slice(0, MOST_LETTERS)}`, true);
     sessionStorage.setItem(KEPT_AS, token);
     say(`asked for: ${NAMES[action]}`);
   } catch {

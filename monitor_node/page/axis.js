@@ -23,7 +23,8 @@ const TIME_UNITS = [[2 * 86400, 86400, "days"], [2 * 3600, 3600, "hours"], [180,
 export function axisFor(kind) {
   const rows = curve({ time: "seconds", tokens: "units" }[kind] || "");
   if (kind === "time" && rows.length > 1) {
-    const start = isKnown(state.run?.started_unix_seconds) ? state.run.started_unix_seconds : rows[0][1];
+    const begun = state.run?.started_unix_seconds; // of the newest start: a resumed run has steps from before it
+    const start = isKnown(begun) ? Math.min(begun, rows[0][1]) : rows[0][1];
     const elapsed = rows.at(-1)[1] - start;
     const [, per, unit] = TIME_UNITS.find(([least]) => elapsed >= least) || TIME_UNITS.at(-1);
     return { kind, per, title: `${unit} since the start`, of: (step) => Math.max(0, valueAt(rows, step) - start) / per };

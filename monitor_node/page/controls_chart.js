@@ -11,7 +11,7 @@ import { xRange, zoomListeners } from "./zoom.js";
 // Verdict -> [symbol, colour, height in the chart]; every other one: not taken.
 const KEPT = ["triangle-up", "kept", 0.03];
 const SET_BACK = ["triangle-down", "undone", 0.97];
-const LOOKS = { accepted: KEPT, refused: SET_BACK, ruined: SET_BACK, aborted: SET_BACK };
+const LOOKS = { refused: SET_BACK, ruined: SET_BACK, aborted: SET_BACK };
 const NOT_TAKEN = ["circle", "soft", 0.97];
 const MOST_NOISE = 32;
 const MOST_GAP_STEPS = 16;
@@ -68,7 +68,7 @@ function withGaps(rows) {
 }
 
 function trialTrace(trials, axis, colours) {
-  const looks = trials.map(([, , verdict]) => LOOKS[verdict] || NOT_TAKEN);
+  const looks = trials.map(([, , verdict, , isKept]) => (isKept ? KEPT : LOOKS[verdict] || NOT_TAKEN));
   return {
     type: "scatter", mode: "markers", yaxis: "y2", cliponaxis: false, x: trials.map(([step]) => axis.of(step)), y: looks.map((look) => look[2]),
     marker: { symbol: looks.map((look) => look[0]), color: looks.map((look) => colours[look[1]]), size: 10 },

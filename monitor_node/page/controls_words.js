@@ -3,7 +3,7 @@ import { byId, fillTable, row } from "./dom.js";
 import { curve } from "./feed.js";
 import { DASH, isKnown, measured, number, whole } from "./words.js";
 
-const LOOKS = { accepted: "good", refused: "bad", ruined: "bad", aborted: "warn" };
+const LOOKS = { refused: "bad", ruined: "bad", aborted: "warn" };
 
 // Rows of series.controls that are not as configured. A context is as configured where it never changes.
 export const hasMoved = () => curve("controls").some((now) => now[1] !== 1 || now[2] !== 1) || hasContext();
@@ -11,7 +11,7 @@ export const hasContext = () => new Set(curve("controls").map((now) => now[3])).
 
 // Why one was not taken is not to be read anywhere else; why one was set back stands in the next columns.
 function becameWords(trial) {
-  const words = LOOKS[trial.verdict] ? trial.became.split(":")[0] : trial.became;
+  const words = trial.is_kept || LOOKS[trial.verdict] ? trial.became.split(":")[0] : trial.became;
   return words + (trial.lost_steps ? `, ${trial.lost_steps} steps lost` : "");
 }
 
@@ -25,7 +25,7 @@ export function drawControls(controls) {
     row([
       [whole(trial.step)],
       [trial.change],
-      [becameWords(trial), LOOKS[trial.verdict] || "soft", trial.became],
+      [becameWords(trial), trial.is_kept ? "good" : LOOKS[trial.verdict] || "soft", trial.became],
       [measured(trial, "loss_end")],
       [measured(trial, "loss_forecast") + (isKnown(trial.loss_forecast) ? " ± " + number(trial, "loss_spread") : "")],
       [trial.seen || DASH],

@@ -23,7 +23,7 @@ const tables = {
       ...curve("noise_scale").map(([step, noise]) => ["noise_scale", step, null, null, null, noise]),
     ],
   ],
-  trials: () => [["base_step", "change", "verdict", "why"], curve("control_trials")],
+  trials: () => [["base_step", "change", "verdict", "why", "is_kept"], curve("control_trials")],
   pace: () => [["step", "progress_per_second", "plain_progress_per_second"], curve("pace")],
   memory: () => [
     ["unix_seconds", "used_bytes", ...holders()],

@@ -88,7 +88,7 @@ function layoutOf(orders, at, inUnits, top, unit, colours) {
     shapes: [...lines, ...asked],
     annotations: levels.map((level, place) => ({
       text: level, xref: "paper", x: 0, xshift: 68 * place, xanchor: "left", y: inUnits(limitOf(level)), yanchor: "bottom", showarrow: false,
-      font: { color: colours["level-" + level], size: 11 },
+      font: { color: colours["level-" + level], size: 11 }, bgcolor: colours.panel, borderpad: 1,
     })),
   });
 }

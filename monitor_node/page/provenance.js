@@ -17,8 +17,12 @@ export function drawProvenance() {
 function drawDiff(diff) {
   if (diff === null || diff === undefined) return byId("diff").replaceChildren("not known");
   if (diff === "") return byId("diff").replaceChildren("no changes since the commit");
-  const lines = diff.split("\n", MAX_DIFF_LINES);
-  byId("diff").replaceChildren(...lines.map((line) => element("span", line + "\n", lookOf(line))));
+  const lines = diff.split("\n");
+  const left = lines.length - MAX_DIFF_LINES;
+  byId("diff").replaceChildren(
+    ...lines.slice(0, MAX_DIFF_LINES).map((line) => element("span", line + "\n", lookOf(line))),
+    left > 0 ? `(${left} more lines are not shown)` : "",
+  );
 }
 
 function lookOf(line) {

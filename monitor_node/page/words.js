@@ -15,7 +15,8 @@ export const measured = (owner, key, digits = 4) =>
   owner[key + "_marker"] === "NaN" ? DASH : number(owner, key, digits);
 export function bytes(value) {
   if (!isKnown(value)) return DASH;
-  return value >= 2 ** 30 ? (value / 2 ** 30).toFixed(2) + " GiB" : (value / 2 ** 20).toFixed(0) + " MiB";
+  if (value >= 2 ** 30) return (value / 2 ** 30).toFixed(2) + " GiB";
+  return value > 0 && value < 2 ** 20 ? Math.ceil(value / 2 ** 10) + " KiB" : (value / 2 ** 20).toFixed(0) + " MiB";
 }
 export function duration(seconds) {
   if (!isKnown(seconds)) return DASH;

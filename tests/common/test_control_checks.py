@@ -65,4 +65,5 @@ def test_what_a_run_will_do_is_said_in_one_line() -> None:
     assert plan_words(settings_of({}, predictor={"policy": "fixed"})) == ""
     assert plan_words(settings_of({}, **short)).startswith("plain training, observed: a run of 100 steps")
     on = plan_words(settings_of({"rate": True, "read_out": True}, **short))
-    assert on.startswith("the predictor may change rate, read-out: trials may cost 5.0% of the run; no jumps")
+    share = "trials may cost 10.0% of the run"
+    assert on.startswith(f"the predictor may change rate, read-out: {share}; no jumps")

@@ -69,7 +69,7 @@ class Browser:
     def open_fresh(self, url: str) -> None:
         """Leaves the page before, with its complaints: its event stream asks on after its server stopped.
 
-        What it said may still lie unread in the pipe, so it is forgotten only after an answer of the next page.
+        What it said may lie unread in the pipe, so it is forgotten only after an answer of the next page.
         """
         self.open("about:blank")  # also because a mere change of the hash would not load anything
         self.evaluate("0")

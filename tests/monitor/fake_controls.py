@@ -49,7 +49,7 @@ def observation(
     batch: float = 1.0,
     context_share: float = 1.0,
     noise: float | None = None,
-    seconds: float = 0.1,
+    seconds: float = fake.STEP_SECONDS,
     progress: float = 0.0,
     phase: m.Phase = m.Phase.FULL,
     attempt: int = 0,

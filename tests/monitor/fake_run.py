@@ -120,7 +120,7 @@ def decision(
 
 
 def outcome(step: int, verdict: m.Verdict, horizon_steps: int = 10, *, loss: float = 2.0) -> m.Outcome:
-    undone = verdict in (m.Verdict.REFUSED, m.Verdict.RUINED)
+    undone = verdict in (m.Verdict.REFUSED, m.Verdict.RUINED, m.Verdict.ABORTED)
     applied = verdict in m.APPLIED_VERDICTS
     probation = PROBATION if applied and verdict is not m.Verdict.RUINED else 0
     return m.Outcome(
@@ -137,14 +137,14 @@ def outcome(step: int, verdict: m.Verdict, horizon_steps: int = 10, *, loss: flo
         delta_norm=1.5,
         delta_cosine=0.3 if probation else math.nan,
         probation_steps=probation,
-        lost_steps=PROBATION if verdict is m.Verdict.REFUSED else 0,
+        lost_steps=probation if undone else 0,
         passes=3.0,
         waiting_seconds=0.01,
         snapshot_seconds=0.02,
         jump_seconds=0.01,
         check_seconds=0.05,
         restore_seconds=0.02 if undone else 0.0,
-        lost_seconds=PROBATION * STEP_SECONDS if undone else 0.0,
+        lost_seconds=probation * STEP_SECONDS if undone else 0.0,
         full_step_seconds=STEP_SECONDS,
     )
 

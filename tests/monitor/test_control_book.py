@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import messages as m
-from monitor_node.control_book import MAX_ASKED, MAX_CHANGES, MAX_EVENTS, ControlBook
+from monitor_node.control_book import MAX_ASKED, MAX_CHANGES, MAX_EVENTS, MAX_TRIALS, ControlBook
 from monitor_node.control_section import trial_words
 from monitor_node.run_reader import new_view
 from monitor_node.run_view import RunView
+from monitor_node.snapshot import as_dict
 from tests.monitor import fake_controls as fake
 from tests.monitor import fake_run
 
@@ -130,6 +131,65 @@ def test_points_without_any_answer_are_no_trials_and_drive_none_out() -> None:
     assert told(book) == [(16, "batch ×2", V.ACCEPTED)]
 
 
+def jump_at(step: int, controls: m.Controls | None) -> m.PhaseDecision:
+    return replace(fake_run.decision(step, 10), controls=controls)
+
+
+@pytest.mark.parametrize("as_they_stand", [None, TWICE], ids=["not said", "said"])
+@pytest.mark.parametrize("verdict", [V.REFUSED, V.ACCEPTED, V.RUINED, V.STALE, V.MISSING])
+@pytest.mark.parametrize("is_late", [False, True], ids=["asked first", "judged first"])
+def test_no_jumps_in_a_row_drive_out_a_trial(
+    is_late: bool, verdict: V, as_they_stand: m.Controls | None
+) -> None:
+    book = folded(fake.started(), fake.decision(16, TWICE, "noise"), fake.outcome(16, V.ACCEPTED))
+    for step in range(32, 32 + 32 * (MAX_EVENTS + 99), 32):
+        decision, outcome = jump_at(step, as_they_stand), fake_run.outcome(step, verdict)
+        if not is_late:
+            book.decided(decision)
+        if outcome.lost_steps:
+            book.cut_above(step)
+        book.settled(outcome)
+        if is_late:
+            book.decided(decision)
+    assert told(book) == [(16, "batch ×2", V.ACCEPTED)]
+    assert book.in_force == TWICE
+    assert len(book._events) <= MAX_EVENTS
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["asked first", "judged first"])
+def test_undone_stretches_in_a_row_are_kept_as_one(is_late: bool) -> None:
+    """And go back as far as the furthest of them: the change kept at step 48 is gone, not that of 16."""
+    late = m.Controls(batch_factor=2.0, rate_factor=2.0)
+    book = folded(
+        fake.started(), fake.decision(16, TWICE), fake.outcome(16, V.ACCEPTED),
+        fake.decision(48, late), fake.outcome(48, V.ACCEPTED),
+    )  # fmt: skip
+    for step in (96, 50, 64):
+        messages = [jump_at(step, None), fake_run.outcome(step, V.REFUSED)]
+        book.cut_above(step)
+        for message in reversed(messages) if is_late else messages:
+            book.settled(message) if isinstance(message, m.Outcome) else book.decided(message)
+    assert len(book._events) == 3
+    assert book.in_force == TWICE
+
+
+def test_decisions_that_come_hundreds_of_outcomes_behind_still_name_every_trial() -> None:
+    """To a monitor that starts late, where old history was trimmed away and old decisions were not."""
+    book, steps_of = ControlBook(), range(32, 32 * 400, 32)
+    book.started(1)
+    book.settled(fake.outcome(16, V.ACCEPTED))
+    for step in steps_of:
+        book.cut_above(step)
+        book.settled(fake_run.outcome(step, V.REFUSED))
+    assert len(book._events) > 500
+    for step in steps_of:
+        book.decided(jump_at(step, None))
+    book.decided(fake.decision(16, TWICE, "noise"))
+    assert told(book) == [(16, "batch ×2", V.ACCEPTED)]
+    assert book.in_force == TWICE
+    assert len(book._events) == 2
+
+
 def test_a_monitor_that_starts_late_in_a_long_run_has_every_trial_and_what_is_in_force() -> None:
     """It reads all decisions, most of them rests, long before the outcomes."""
     book, count = ControlBook(), 3 * MAX_ASKED
@@ -209,16 +269,33 @@ def test_it_does_not_matter_which_stream_is_read_first(places: list[int]) -> Non
     assert [change[:3] for change in book.changes] == [(1, 1.0, 1.0), (17, 1.0, 2.0), (113, 1.0, 1.0)]
 
 
-def test_what_was_seen_is_progress_per_second_at_equal_data() -> None:
-    """Twice the batch, 1.5 times the seconds: the same fall in three quarters of the time is a third more."""
+def test_what_was_seen_is_against_the_run_without_it() -> None:
+    """Half again the fall of its twin, in as much time."""
     book = folded(
         fake.started(), *steps(1, 16), fake.decision(16, TWICE, "noise scale 3.1× batch"),
-        *steps(17, 32, batch=2.0, seconds=1.5 * fake_run.STEP_SECONDS),
-        fake.outcome(16, V.ACCEPTED, before=2.2, end=2.1, forecast=2.1, spread=0.01),
+        *steps(17, 32, batch=2.0),
+        fake.outcome(16, V.ACCEPTED, before=2.2, end=2.05, forecast=2.1, spread=0.01),
     )  # fmt: skip
     (trial,) = book.trials
-    assert trial.seen == (pytest.approx(1 / 3), pytest.approx(0.1 * 4 / 3))
-    assert trial_words(trial) == "batch ×2: noise scale 3.1× batch, +33 ± 13 % seen; kept"
+    assert trial.seen == (pytest.approx(0.5), pytest.approx(0.15))
+    assert trial_words(trial) == "batch ×2: noise scale 3.1× batch, +50 ± 15 % seen; kept"
+
+
+def test_without_the_guard_a_refused_change_is_kept_and_said_to_be() -> None:
+    """Its loss was not finite, and there was no copy to go back to (trainer_node/jump.py)."""
+    stays = replace(fake.outcome(16, V.REFUSED), lost_steps=0, attempt=0)
+    view = new_view("run")
+    book = folded(
+        fake.started(batch=True), *steps(1, 16), fake.decision(16, TWICE),
+        *steps(17, 32, batch=2.0), stays, *steps(33, 34, batch=2.0), view=view,
+    )  # fmt: skip
+    assert book.in_force == TWICE
+    assert [change[:3] for change in book.changes] == [(1, 1.0, 1.0), (17, 1.0, 2.0)]
+    page = as_dict(view, now_seconds=0.0)
+    assert "1 of 1 trials kept" in page["controls"]["words"]
+    (row,) = page["controls"]["trials"]
+    assert row["is_kept"] is page["series"]["control_trials"][0][4] is True
+    assert row["became"].startswith("kept: its loss was not finite")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +338,9 @@ def test_a_book_of_a_long_run_is_bounded_and_still_knows_what_is_in_force() -> N
         book.observed(step, fake.observation(step, rate=(1.0, 2.0)[number % 2]).features)
         book.decided(fake.decision(step, m.Controls(read_out="average", decay_steps=number)))
         book.settled(fake.outcome(step, V.REFUSED if number else V.ACCEPTED))
-    assert len(book._asked) == len(book.trials) <= MAX_EVENTS
+    assert len(book._asked) <= MAX_EVENTS
+    assert len(book.trials) == MAX_TRIALS
+    assert book.trials[-1].outcome.base_step == 32 * (3 * MAX_EVENTS - 1)
     assert len(book.changes) <= MAX_CHANGES
     assert book.in_force.read_out == "average"
 

@@ -121,6 +121,14 @@ def test_a_whole_run_shows_every_control_with_its_reason() -> None:
     assert "Controls  The predictor may change rate, batch, context. In force: rate ×2" in top_of(page)
 
 
+def test_a_narrow_terminal_shows_what_is_in_force_and_what_became_of_trials() -> None:
+    lines = [line.plain for line in screen(told_run(), 80, 24).renderables]
+    shown = " ".join(line.strip() for line in lines)
+    assert "In force: rate ×2, batch ×4. 6 of 7 trials kept (16 steps undone)." in shown
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 24
+
+
 def test_what_prediction_saves_is_not_told_of_steps_that_are_not_alike() -> None:
     view = new_view("run")
     for said in fake_run.fake_run("run", steps=300):

@@ -16,7 +16,9 @@ from common.streams import HISTORY, MONITOR, PREDICTOR, STREAMS, TRAINER
 from monitor_node import health
 from monitor_node.health import Facts, HealthState, HealthWatch, certain_fall, facts_of, judged
 from monitor_node.liveness import Watch
+from monitor_node.run_reader import new_view
 from monitor_node.run_view import RunView
+from tests.monitor import fake_controls
 from tests.monitor import fake_run as fake
 
 GIB = 2**30
@@ -299,6 +301,16 @@ def test_a_second_monitor_does_not_repeat_what_the_first_has_said() -> None:
     view.fold(better, sent_unix_seconds=1e9, at_seconds=now)
     assert second.changes(view, now + 0.5) == []  # at most one look a second
     assert [a.severity for a in second.changes(view, now + 1.0)] == ["info"]
+
+
+def test_a_stretch_of_the_run_is_of_the_steps_that_it_takes_with_these_controls() -> None:
+    """With four times the batch a run of 1,000 nominal steps ends after a quarter of them."""
+    view, facts = new_view("run"), []
+    said = [fake_controls.started(steps=1000, batch=True), fake.heartbeat()]
+    for message in (*said, *(fake_controls.observation(n, batch=4.0, progress=n / 250) for n in (1, 2))):
+        view.fold(message, sent_unix_seconds=1e9, at_seconds=0.0)
+        facts.append(facts_of(view, now_seconds=0.0))
+    assert [known.total_steps for known in facts if known is not None] == [1000, 1000, 250, 250]
 
 
 def test_of_a_run_that_is_over_nothing_more_is_said() -> None:

@@ -81,6 +81,14 @@ def test_nobody_is_lost_after_the_run_has_ended() -> None:
     assert nodes.changes(10.0) == []
 
 
+def test_no_names_in_heartbeats_make_the_watch_grow() -> None:
+    nodes = Watch(silent_seconds=3.0)
+    for number in range(100):
+        nodes.heard(heartbeat(f"node-{number}"), at_seconds=0.0)
+    nodes.heard(heartbeat("monitor"), at_seconds=0.0)
+    assert set(nodes.lives) == {"monitor"}
+
+
 def test_a_late_heartbeat_of_an_older_start_is_ignored() -> None:
     nodes = watch()
     nodes.heard(heartbeat(generation=2, step=50), at_seconds=0.0)

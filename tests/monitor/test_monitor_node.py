@@ -168,7 +168,9 @@ def test_a_diverging_run_is_told_once_and_vetoed_while_it_lasts(scene: Scene) ->
     assert veto.active
     assert scene.page["divergence"]["level"] == "critical"
     scene.turn(1.0, times=10)
-    assert all(said.active for said in scene.outbox.take(m.Alert, m.PhaseVeto))
+    renewed = scene.outbox.take(m.Alert, m.PhaseVeto)
+    assert len(renewed) >= 2
+    assert all(said.active for said in renewed)
     say_steps(scene, 24, [4.0] * 20)
     scene.turn(0.3, times=2)
     (lifted,) = scene.outbox.take(m.Alert, m.PhaseVeto)
@@ -254,6 +256,22 @@ def test_a_run_that_ended_is_neither_sampled_nor_missed(scene: Scene) -> None:
     scene.turn(5.0, times=5)
     assert scene.outbox.take(m.VramSample, m.NodeLost, m.Alert) == []
     assert scene.page["run"]["status"] == "finished"
+
+
+def test_a_veto_for_memory_ends_with_the_run() -> None:
+    """A monitor that serves on would else renew it for ever: nothing measures memory after the end."""
+    scene = Scene(ScriptedDevice([fake.sample(15 * GIB, source="nvml")], is_gpu=True))
+    scene.say(fake.started("run"), fake.heartbeat(step=1), fake.observation(1, 4.5))
+    scene.turn(1.0, times=3)
+    assert scene.outbox.take(m.PhaseVeto)[-1].active
+    scene.say(m.RunEnded(step=1, reason="finished"))
+    scene.turn(1.0, times=10)
+    assert [veto.active for veto in scene.outbox.take(m.PhaseVeto)][-1:] == [False]
+    scene.turn(5.0, times=10)
+    assert scene.outbox.take(m.PhaseVeto) == []
+    scene.say(fake.started("run"), fake.heartbeat(step=1))
+    scene.turn(1.0, times=2)
+    assert scene.outbox.take(m.PhaseVeto)[-1].active
 
 
 def test_an_entry_that_is_no_message_of_ours_is_passed_over(scene: Scene) -> None:

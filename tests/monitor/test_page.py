@@ -151,7 +151,7 @@ def test_what_a_run_says_is_shown_as_text_and_never_run(browser: Browser, shown:
     with_controls = as_dict(view_of_controls(), now_seconds=0.0)
     series |= {name: with_controls["series"][name] for name in ("controls", "noise_scale")}
     trials = with_controls["series"]["control_trials"]
-    series["control_trials"] = [[step, ATTACK, verdict, ATTACK] for step, _, verdict, _ in trials]
+    series["control_trials"] = [[step, ATTACK, verdict, ATTACK, kept] for step, _, verdict, _, kept in trials]
     hostile["controls"] = everywhere(with_controls["controls"], ATTACK)
     shown.feed.publish(hostile | {"series": series})
     shown.open_in(browser)

@@ -76,6 +76,62 @@ def test_zoom_survives_updates_and_holds_in_every_chart_of_steps(browser: Browse
     assert browser.complaints == []
 
 
+def test_the_time_of_a_resumed_run_counts_from_its_beginning(browser: Browser, shown: Shown) -> None:
+    """What was before the resume is not drawn at one place."""
+    page = fake_snapshot()
+    page["run"]["started_unix_seconds"] = page["series"]["seconds"][-2][1]
+    shown.feed.publish(page)
+    shown.open_in(browser)
+    places = "((axis) => [0, 300, 600, 900, 1200].map(axis.of))(m.axisFor('time'))"
+    browser.wait_until("document.getElementById('x-axis').options[1].disabled === false")
+    found = browser.evaluate(module("feed.js", "m.state.run.started_unix_seconds"))
+    assert found == page["run"]["started_unix_seconds"]
+    times = browser.evaluate(module("axis.js", places))
+    assert times == sorted(set(times))
+    assert times[0] >= 0.0
+
+
+def test_a_difference_that_is_cut_says_so(browser: Browser, shown: Shown) -> None:
+    page = fake_snapshot()
+    for lines, end in ((3005, "(5 more lines are not shown)"), (3000, "+line 2999\n")):
+        diff = "\n".join(f"+line {number}" for number in range(lines))
+        page = page | {"provenance": page["provenance"] | {"git_diff": diff}}
+        shown.feed.publish(page)
+        shown.open_in(browser)
+        said = browser.wait_until("document.getElementById('diff').textContent.length > 9000 && document"
+                                  ".getElementById('diff').textContent")  # fmt: skip
+        assert said.endswith(end)
+
+
+def test_sizes_that_are_not_nothing_are_not_called_zero(browser: Browser, shown: Shown) -> None:
+    shown.open_in(browser)
+    sizes = "[null, 0, 1, 300000, 1048576, 3221225472].map(m.bytes)"
+    assert browser.evaluate(module("words.js", sizes)) == [
+        "–",
+        "0 MiB",
+        "1 KiB",
+        "293 KiB",
+        "1 MiB",
+        "3.00 GiB",
+    ]
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_buttons_stand_beside_the_heading_of_their_panel(browser: Browser, shown: Shown, width: int) -> None:
+    browser.show(width=width, height=900)
+    try:
+        shown.open_in(browser)
+        browser.wait_until("document.querySelector('.panel-head .save button')?.checkVisibility()")
+        places = "[...document.querySelectorAll('.panel-head')].filter((e) => e.querySelector('.save'))"
+        middle = "((r) => (r.top + r.bottom) / 2)(e.querySelector('{}').getBoundingClientRect())"
+        apart = f"{places}.map((e) => Math.abs({middle.format('h2')} - {middle.format('.save')}))"
+        distances = browser.evaluate(apart)
+    finally:
+        browser.show(width=1280, height=900)
+    assert len(distances) >= 4
+    assert max(distances) < 10
+
+
 def test_zoom_of_memory_survives_updates(browser: Browser, shown: Shown) -> None:
     shown.open_in(browser)
     wait_for_charts(browser)
@@ -258,6 +314,19 @@ def test_a_refused_token_is_forgotten_and_said_to_be_wrong(browser: Browser, sho
     act_with_token(browser, "wrong", ok=False, status=401)
     assert "wrong token" in browser.evaluate(text_of("action-words"))
     assert browser.evaluate("sessionStorage.length") == 0
+
+
+def test_a_refusal_is_shown_with_its_reason(browser: Browser, shown: Shown) -> None:
+    """The server says why, in its own words (action_door.py), and they are text."""
+    shown.feed.publish(with_actions())
+    shown.open_in(browser)
+    browser.wait_until("document.getElementById('actions').checkVisibility()")
+    answer = "{ ok: false, status: 409, text: async () => 'the run has <b>ended</b>' }"
+    browser.evaluate(f"window.fetch = async () => ({answer}), sessionStorage.setItem('monitor-token', 'x')")
+    browser.evaluate("document.querySelector('[data-action=checkpoint]').click()")
+    browser.wait_until(f"{text_of('action-words')}.startsWith('refused')")
+    assert browser.evaluate(text_of("action-words")) == "refused (409): the run has <b>ended</b>"
+    browser.evaluate("sessionStorage.clear()")
 
 
 def test_stopping_asks_first(browser: Browser, shown: Shown) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from common import messages as m
-from monitor_node.proposal_book import MAX_DECISIONS, MAX_OUTCOMES, ProposalBook
+from monitor_node.proposal_book import MAX_DECISIONS, MAX_OUTCOMES, ProposalBook, why
 from tests.monitor import fake_run as fake
 
 V = m.Verdict
@@ -53,6 +55,12 @@ def test_what_was_looked_at_before_its_decision_came_is_told_afterwards() -> Non
     assert book.rows[0].said is None
     book.decided(decision)
     assert told(book) == [(16, "why 16")]
+
+
+def test_without_the_guard_a_refused_jump_is_not_said_to_be_undone() -> None:
+    made = fake.outcome(16, V.REFUSED, 5)
+    assert why(made, None).startswith("undone: worse than without the jump")
+    assert why(replace(made, lost_steps=0), None).startswith("kept: its loss was not finite")
 
 
 def test_a_decision_of_an_earlier_start_does_not_explain_a_jump_of_a_later_one() -> None:

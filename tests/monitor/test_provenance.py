@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from monitor_node.provenance import (
     provenance_of,
     provenance_section,
 )
+from tests.faults import wait_until
 
 TOLD = {"git_commit": "abc", "git_diff": "+x", "versions": {"python": "3.11", "torch": "2.13"}}
 
@@ -27,16 +29,16 @@ TOLD = {"git_commit": "abc", "git_diff": "+x", "versions": {"python": "3.11", "t
 def test_the_start_of_a_run_tells_all(tmp_path: Path) -> None:
     (tmp_path / "provenance.json").write_text(json.dumps(TOLD))
     (tmp_path / "summary.json").write_text(json.dumps({"git_commit": "other"}))
-    found = ProvenanceReader(tmp_path).look()
+    found = ProvenanceReader(tmp_path).look_now()
     assert found == Provenance(git_commit="abc", git_diff="+x", versions="python 3.11\ntorch 2.13")
     assert provenance_section(found, "[trainer]")["config_toml"] == "[trainer]"
 
 
 def test_the_end_of_an_older_run_tells_all_but_the_difference(tmp_path: Path) -> None:
     reader = ProvenanceReader(tmp_path)
-    assert reader.look() == UNKNOWN
+    assert reader.look_now() == UNKNOWN
     (tmp_path / "summary.json").write_text(json.dumps({"git_commit": "abc", "versions": {}}))
-    assert reader.look() == Provenance(git_commit="abc")
+    assert reader.look_now() == Provenance(git_commit="abc")
 
 
 def test_a_resumed_run_is_read_again(tmp_path: Path) -> None:
@@ -44,17 +46,41 @@ def test_a_resumed_run_is_read_again(tmp_path: Path) -> None:
     for place, commit in enumerate(("one", "two")):
         path.write_text(json.dumps({"git_commit": commit}))
         os.utime(path, (place, place))
-        assert reader.look().git_commit == commit
+        assert reader.look_now().git_commit == commit
 
 
 def test_of_a_run_elsewhere_nothing_is_known(tmp_path: Path) -> None:
-    assert ProvenanceReader(None).look() == UNKNOWN
-    assert ProvenanceReader(tmp_path / "not-here").look() == UNKNOWN
+    assert ProvenanceReader(None).look_now() == UNKNOWN
+    assert ProvenanceReader(tmp_path / "not-here").look_now() == UNKNOWN
 
 
 def test_a_file_that_is_too_long_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "provenance.json").write_text(json.dumps(TOLD) + " " * MAX_FILE_BYTES)
-    assert ProvenanceReader(tmp_path).look() == UNKNOWN
+    assert ProvenanceReader(tmp_path).look_now() == UNKNOWN
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "provenance.json")
+    assert ProvenanceReader(tmp_path).look_now() == UNKNOWN
+
+
+def test_a_disk_that_hangs_does_not_hold_up_the_monitor(tmp_path: Path) -> None:
+    """Beside a run the node asks once a second, in the thread that guards memory."""
+    is_back, answered = threading.Event(), threading.Event()
+
+    class Hanging:
+        def __truediv__(self, name: str) -> Path:
+            is_back.wait(5.0)
+            answered.set()
+            return tmp_path / name
+
+    reader = ProvenanceReader(Hanging())  # type: ignore[arg-type]
+    assert [reader.look(), reader.look()] == [UNKNOWN, UNKNOWN]
+    assert not answered.is_set()
+    (tmp_path / "provenance.json").write_text(json.dumps(TOLD))
+    is_back.set()
+    wait_until(lambda: reader.look().git_commit == "abc")
 
 
 def test_a_long_difference_is_cut_and_no_difference_is_not_unknown() -> None:

@@ -92,6 +92,19 @@ def test_a_refused_jump_takes_its_steps_off_the_curves_and_counts_them_as_lost()
     assert page["progress"]["virtual_steps"] == 0
 
 
+@pytest.mark.parametrize(
+    ("verdict", "lost_steps"), [(V.FAILED, 16), (V.ABORTED, 16), (V.REFUSED, 0), (V.ACCEPTED, 0)]
+)
+def test_steps_are_undone_where_the_trainer_says_so_and_nowhere_else(verdict: V, lost_steps: int) -> None:
+    """Memory that runs out at the judgement undoes the steps of a FAILED jump; without the guard a REFUSED
+    one stays (trainer_node/jump.py)."""
+    made = fake.outcome(16, verdict, 5)
+    outcome = replace(made, probation_steps=16, lost_steps=lost_steps, attempt=int(lost_steps > 0))
+    view = fold(fake.started(), *[fake.observation(step, 2.0) for step in range(1, 33)], outcome)
+    assert view.step == view.curves.train.points()[-1][0] == (16 if lost_steps else 32)
+    assert view.lost_steps == lost_steps
+
+
 def test_a_rollback_takes_its_steps_off_the_curves() -> None:
     told = [fake.observation(step, 4.0) for step in (1, 2, 3, 4)]
     again = [replace(fake.observation(step, 3.0), attempt=1) for step in (3, 4)]
@@ -178,10 +191,12 @@ def test_memory_shows_level_and_thresholds_of_the_run() -> None:
 
 
 def test_features_of_another_version_leave_the_loss_unknown_and_say_so() -> None:
-    view = fold(replace(fake.started(), feature_version=features.VERSION + 1), fake.observation(1, 2.0))
+    other = replace(fake.started(), feature_version=features.VERSION + 1)
+    view = fold(other, fake.observation(1, 2.0), start_seconds=7.0)
     page = shown(view)
     assert page["progress"]["loss"] is None
-    assert page["alerts"][0]["kind"] == "feature_version"
+    (alert,) = page["alerts"]
+    assert (alert["kind"], alert["at_unix_seconds"]) == ("feature_version", 7.0)
 
 
 def test_settings_that_cannot_be_read_are_an_alert_and_the_defaults_hold() -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -80,6 +81,17 @@ def test_the_page_its_data_and_its_table_are_served(page: ComparePage) -> None:
     assert get(page, f"/api/runs?have={found['revision']}")[0] == 204
     assert get(page, "/api/runs.csv")[1].count(b"\r\n") == 4
     assert get(page, "/api/runs", Host="evil.example")[0] == 421
+
+
+@pytest.mark.parametrize("reason", ["\ud800", "a\x1b[2J", ["\ud800"], 7])
+def test_no_reason_of_an_end_breaks_the_table(tmp_path: Path, reason: Any) -> None:
+    """Half a character has no bytes in UTF-8: such a run once made the answer a 500."""
+    make_run(tmp_path, "one", *LINES[:-1], {"kind": "RunEnded", "step": 100, "reason": reason})
+    with ComparePage(tmp_path, host="127.0.0.1", port=0) as page:
+        status, body = get(page, "/api/runs.csv")
+        (run,) = json.loads(get(page, "/api/runs")[1])["runs"]
+    assert (status, body.count(b"\r\n")) == (200, 2)
+    assert run["status"].isprintable()
 
 
 def test_a_folder_that_goes_away_is_said_and_not_a_crash(tmp_path: Path) -> None:

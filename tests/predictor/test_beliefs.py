@@ -46,11 +46,12 @@ def going_on(flight: Flight, trainer: ControlledTrainer, *, until_step: int) -> 
 def test_a_control_whose_switch_was_turned_off_at_a_resume_is_neutral_and_the_others_go_on(off: str) -> None:
     other = BATCH if off == RATE else RATE
     world = dataclasses.replace(GROWING, best_rate=8.0)
-    both = fly(RATE, BATCH, LIVE, world=world, until_step=160, verdict=of(Verdict.ACCEPTED))
+    rich = "predictor.control_share=1.0"
+    both = fly(RATE, BATCH, LIVE, rich, world=world, until_step=160, verdict=of(Verdict.ACCEPTED))
     name = max(both.trainer.checkpoints)
     assert both.trainer.checkpoints[name].controls.rate_factor > 1.0
     assert both.trainer.checkpoints[name].controls.batch_factor > 1.0
-    settings = controlled_settings(*NO_JUMPS, other, LIVE, "predictor.control_share=1.0")
+    settings = controlled_settings(*NO_JUMPS, other, LIVE, rich)
     resumed = both.trainer.resumed(name, generation=2, settings=settings)
     step, clock = resumed.step, resumed.clock
     after = going_on(both, resumed, until_step=600)

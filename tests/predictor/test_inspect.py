@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common.errors import CheckpointError, EnvironmentFault, UserError
+from common.messages import Controls
 from predictor_node.bandit import REST, LinUCB, Prior
 from predictor_node.budget import ExplorationBudget
 from predictor_node.calibration import Calibration, bucket_of
 from predictor_node.inspect import arm_rows, calibration_rows, residual_count, words
+from predictor_node.inspect_controls import control_words
 from predictor_node.inspect_picture import draw
 from predictor_node.residuals import Residuals
 
@@ -120,6 +123,26 @@ def test_a_run_that_has_just_begun_has_words_and_a_picture(state: dict[str, Any]
     draw(state, tmp_path / "policy.png")
     draw(played(0), tmp_path / "cold.png")
     assert "the predictor rests" not in words(played(0))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "word"),
+    [("accepted", "kept"), ("refused", "set back"), ("ruined", "set back"), ("aborted", "set back"),
+     ("stale", "too late"), ("vetoed", "vetoed")],
+)  # fmt: skip
+def test_says_what_became_of_a_trial_of_controls(verdict: str, word: str) -> None:
+    """Whoever undid it: a trial that the end of the run cut short went back as well."""
+    trial = {"step": 80, "verdict": verdict, "reason": "rate ×4: not tried yet", "seen": "+10 ± 6 % seen"}
+    budget = {"share": 0.05, "spent_passes": 0.0, "planned_passes": 9100.0, "net_passes": 104.0}
+    pilot = {
+        "in_force": [{"controls": asdict(Controls(batch_factor=2.0))}],
+        "trials": {"budget": budget, "over": [trial], "open": None},
+    }
+    assert control_words(pilot).splitlines() == [
+        "Controls: batch ×2",
+        "Trials may cost 455 forward-equivalents (5.0% of the run); 104 are spent.",
+        f"      80  {word:<9}  rate ×4: not tried yet, +10 ± 6 % seen",
+    ]
 
 
 def test_says_so_when_no_jump_is_worth_its_cost() -> None:

@@ -40,7 +40,8 @@ def test_a_rate_is_lowered_once_for_want_of_progress_and_not_down_to_its_bound(s
     flight = fly(RATE, world=Dead(), seed=seed, verdict=of(Verdict.ACCEPTED))
     stuck = [d for d in flight.trainer.proposals if "no progress" in d.reason]
     assert len(stuck) == 1
-    assert min(controls.rate_factor for controls in flight.trainer.at_points) == 0.25
+    lowest = min(controls.rate_factor for controls in flight.trainer.at_points)
+    assert lowest in (0.125, 0.25)  # noise may pass for a fall once, and then a half is tried
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.3])
@@ -90,15 +91,23 @@ def test_after_a_change_of_the_batch_a_tail_waits_for_ten_windows() -> None:
 # ---- budget, ranks, step times ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("passes", "is_tried"), [(52.0, False), (56.0, True)])
-def test_a_climb_is_tried_only_where_the_checks_of_the_way_back_can_be_paid_too(
+@pytest.mark.parametrize(("passes", "is_tried"), [(50.0, False), (52.0, True)])
+def test_a_change_is_tried_only_where_its_checks_and_the_lost_leg_can_be_paid(
     passes: float, is_tried: bool
 ) -> None:
-    """The trial 3 + 16 * 3 = 51, the checks of the way back 3; the run 3000."""
+    """3 checks and 16 steps of 3 passes: 51; the run 3000."""
     flight = fly(
         RATE, f"predictor.control_share={passes / 3000.0}", world=World(best_rate=4.0), until_step=100
     )
     assert bool(flight.arms) is is_tried
+
+
+def test_a_change_that_gained_brings_back_a_part_of_its_cost() -> None:
+    flight = fly(RATE, "predictor.control_share=0.02", world=World(best_rate=16.0), until_step=120)
+    budget = flight.pilot["trials"]["budget"]
+    assert flight.trainer.proposals[0].arm == "rate:x4"
+    assert flight.trainer.controls.rate_factor > 1.0
+    assert budget["net_passes"] < flight.trainer.undone_passes
 
 
 def test_several_ranks_never_cut_a_micro_batch_that_they_share() -> None:
@@ -114,7 +123,7 @@ def test_several_ranks_never_cut_a_micro_batch_that_they_share() -> None:
     assert whole.arms == ["batch:/2"]
 
 
-def test_what_a_trial_taught_does_not_depend_on_a_median_over_steps_of_two_batches() -> None:
+def test_what_a_trial_taught_and_was_seen_to_bring_depends_on_no_median_over_two_batches() -> None:
     world = World(noise_scale=16.0, fixed_seconds=12.0)
     told = [
         fly(BATCH, LIVE, "predictor.control_share=1.0", world=world, median_steps=count, until_step=300)
@@ -123,4 +132,4 @@ def test_what_a_trial_taught_does_not_depend_on_a_median_over_steps_of_two_batch
     exact, mixed = (flight.pilot["trials"] for flight in told)
     assert len(exact["over"]) >= 2
     assert exact["bandit"] == mixed["bandit"]
-    assert [entry["seen"] for entry in exact["over"]] != [entry["seen"] for entry in mixed["over"]]
+    assert [entry["seen"] for entry in exact["over"]] == [entry["seen"] for entry in mixed["over"]]

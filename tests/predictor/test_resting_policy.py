@@ -63,6 +63,9 @@ def test_a_run_whose_controls_are_turned_off_at_a_resume_goes_on_without_its_pil
     assert "pilot" in piloted.state().values
     alone = policy_for(settings(chosen, "trainer.steps=5000"), FACTS, piloted.state())
     assert "pilot" not in alone.state().values
+
+
+def test_a_state_of_another_policy_is_refused_in_a_short_line() -> None:
     with pytest.raises(CheckpointError) as caught:
         FixedPolicy(settings()).load(PolicyState(values={"else": "x" * 9000}))
     assert len(str(caught.value)) < 200

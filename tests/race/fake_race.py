@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import zlib
+from dataclasses import replace
 
 from common.errors import SettingsError
 from trainer_node.race.run_result import CurvePoint, RunKey, RunResult
@@ -53,6 +54,11 @@ def run_fake(order: RunOrder) -> RunResult:
     return fake_result(order.key)
 
 
+def run_elsewhere(order: RunOrder) -> RunResult:
+    """On another machine, by other code."""
+    return replace(fake_result(order.key), machine="another machine", code="other")
+
+
 def run_or_die(order: RunOrder) -> RunResult:
     """Odd seeds kill their worker."""
     if order.key.seed % 2:
@@ -83,8 +89,7 @@ def run_users_mistake(order: RunOrder) -> RunResult:
 
 def run_telling_threads(order: RunOrder) -> RunResult:
     """The answer's machine says what the worker's environment was before torch could be loaded."""
-    import dataclasses
     import sys
 
     words = f"OMP {os.environ['OMP_NUM_THREADS']}, torch {'torch' in sys.modules}"
-    return dataclasses.replace(fake_result(order.key), machine=words)
+    return replace(fake_result(order.key), machine=words)

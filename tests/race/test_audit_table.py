@@ -46,7 +46,14 @@ def test_false_verdicts_are_counted_at_both_readings() -> None:
         "false_accepts_plus200": 1,
         "false_refusals_plus200": 1,
     }
-    assert gains_of(jumps) == {"kept_median": 0.1, "undone_median": pytest.approx(0.2)}
+    assert gains_of(jumps) == {"kept_median": 0.1, "undone_median": 0.1}
+
+
+def test_a_jump_that_ended_its_run_lowers_the_median_gain() -> None:
+    kept = [a_jump(Verdict.ACCEPTED, gain) for gain in (-math.inf, 0.1, 0.2)]
+    assert gains_of(kept)["kept_median"] == 0.1
+    assert gains_of([*kept, a_jump(Verdict.ACCEPTED, -math.inf)])["kept_median"] is None
+    assert gains_of([*kept, a_jump(Verdict.ACCEPTED, math.nan)])["kept_median"] == 0.1
 
 
 def test_a_calibrated_forecast_covers_and_an_overconfident_one_does_not() -> None:

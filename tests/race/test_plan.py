@@ -94,6 +94,30 @@ def test_the_last_wave_times_every_arm_seed_by_seed() -> None:
     assert {key.planned_steps for key in timed} == {plan.base_steps}
 
 
+def test_a_race_that_was_stopped_before_it_was_timed_is_not_finished() -> None:
+    """Else its evidence would hold seconds of runs that were made beside others."""
+    plan = make_plan()
+    order, end = run_all(plan)
+    assert not any(end.missing_of(ARMS[name]) for name in plan.arms)
+    last = next(key for key in reversed(order) if key.arm == "ours")
+    untimed = {key.identity: fake_result(key) for key in order if key != last}
+    assert [name for name in plan.arms if Standing(plan, untimed).missing_of(ARMS[name])] == ["ours"]
+
+
+def test_an_arm_that_came_later_is_timed_in_turns_with_those_that_were_there() -> None:
+    """A machine is not the same from day to day: its seconds alone would be compared with old ones."""
+    plan, later = make_plan(("adamw-decay", "ours-fixed")), make_plan(("adamw-decay", "ours-fixed", "ours"))
+    results = {key.identity: fake_result(key) for key in run_all(plan)[0]}
+    while (wave := Standing(later, results).next_wave()) is not None and wave.phase != "time":
+        results |= {key.identity: fake_result(key) for key in wave.keys}
+    assert wave is not None
+    assert {(key.seed, key.arm) for key in wave.keys} == {(s, arm) for s in later.seeds for arm in later.arms}
+    one_left = results | {key.identity: fake_result(key) for key in wave.keys if key.seed != 1}
+    left = Standing(later, one_left).next_wave()
+    assert left is not None
+    assert {(key.seed, key.arm) for key in left.keys} == {(1, arm) for arm in later.arms}
+
+
 def test_the_tuned_config_is_the_one_with_the_lowest_held_out_loss() -> None:
     plan = make_plan(trials=6)
     order, end = run_all(plan)

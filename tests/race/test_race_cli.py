@@ -18,11 +18,13 @@ from common.settings import RunSettings
 from tests.race.fake_race import (
     run_always_failing,
     run_and_interrupt,
+    run_elsewhere,
     run_fake,
     run_or_die,
     run_users_mistake,
 )
 from trainer_node.cli import main
+from trainer_node.race import evidence
 from trainer_node.race import options as race_options
 from trainer_node.race.options import RaceOptions, plan_of
 from trainer_node.race.race import race
@@ -142,6 +144,17 @@ def test_more_seeds_and_arms_go_on_in_the_same_folder_other_settings_do_not(tmp_
         race(fake_options(tmp_path, quick=False), runner=run_fake)
 
 
+def test_a_race_does_not_go_on_with_data_that_have_changed_under_the_same_name(tmp_path: Path) -> None:
+    options = fake_options(tmp_path)
+    race_options.check_data(options, "book.txt: 1,000 tokens")  # nothing is there yet
+    race_options.write_folder(options, plan_of(options), data="book.txt: 1,000 tokens")
+    race_options.check_data(options, "book.txt: 1,000 tokens")
+    with pytest.raises(
+        SettingsError, match=r"other data \(book.txt: 1,000 tokens; now book.txt: 999 tokens\)"
+    ):
+        race_options.check_data(options, "book.txt: 999 tokens")
+
+
 def test_results_of_other_code_are_kept_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +162,17 @@ def test_results_of_other_code_are_kept_and_said(
     monkeypatch.setattr(race_options, "code_fingerprint", lambda: "other")
     assert race(fake_options(tmp_path), runner=run_fake) == 0
     assert "another version of the code" in capsys.readouterr().err
+
+
+def test_a_race_that_went_on_elsewhere_with_other_code_says_so(tmp_path: Path) -> None:
+    assert race(fake_options(tmp_path), runner=run_fake) == 0
+    alone = evidence.read(tmp_path / "digits.decayed.json")
+    assert (alone.machine, alone.notes) == ("no machine", ())
+    assert race(fake_options(tmp_path, seeds=3), runner=run_elsewhere) == 0
+    both = evidence.read(tmp_path / "digits.decayed.json")
+    assert both.machine == "no machine and another machine"
+    assert both.notes == ("Its runs were made by 2 versions of the code, those that were timed by 2.",)
+    assert both.notes[0] in json.loads((tmp_path / "report.json").read_text())["reservations"]
 
 
 def test_a_worker_that_dies_is_told_and_its_arm_named_as_incomplete(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_a_run_that_is_there_is_not_written_twice(tmp_path: Path) -> None:
         results.append(result_of(1))
         results.append(result_of(1, purpose="target"))
     assert len((tmp_path / FILE_NAME).read_bytes().splitlines()) == 1
+
+
+def test_a_run_that_is_timed_again_takes_the_place_of_the_former(tmp_path: Path) -> None:
+    first, again = (replace(result_of(1, purpose="time"), machine=name) for name in ("before", "after"))
+    with open_results(tmp_path) as results:
+        results.append(first)
+        results.append(again)
+        assert list(results.by_identity.values()) == [again]
+    assert list(read_results(tmp_path / FILE_NAME)[0].values()) == [again]
 
 
 def test_a_torn_last_line_is_dropped_with_a_note_wherever_it_was_torn(tmp_path: Path) -> None:

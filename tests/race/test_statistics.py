@@ -130,6 +130,13 @@ def test_the_median_of_a_finite_and_an_infinite_ratio_is_the_finite_one() -> Non
     assert time_median([0.9, math.inf]) == math.inf
 
 
+def test_an_arm_that_missed_on_half_of_the_seeds_has_ratio_0_as_its_time_is_infinite() -> None:
+    assert ratio_median([0.0, 3.0]) == 0.0
+    half = ratio_of(dict.fromkeys(range(4), 10.0), {0: math.inf, 1: math.inf, 2: 2.0, 3: 2.0})
+    assert (half.median, half.wins, half.losses) == (0.0, 2, 2)
+    assert time_median([math.inf, math.inf, 2.0, 2.0]) == math.inf
+
+
 def test_one_failed_task_brings_the_geometric_mean_to_zero() -> None:
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
     assert geometric_mean([2.0, 0.0, math.inf]) == 0.0

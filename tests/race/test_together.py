@@ -41,10 +41,24 @@ def test_runs_that_take_turns_end_as_they_do_alone() -> None:
 
 
 def test_each_run_is_charged_for_its_own_work_only() -> None:
-    alone = made("adamw-decay").final.trainer_seconds
-    first, second = run_together([lambda after: made("adamw-decay", after)] * 2)
-    for result in (first, second):
-        assert 0.0 < result.final.trainer_seconds < 1.8 * alone
+    """Seconds of a thread's core, which no other work on the machine can lengthen."""
+    clock, turns = ThreadClock(), 3
+
+    def run(work_seconds: float):
+        def go(after_step) -> float:
+            started_seconds = clock.monotonic()
+            for turn in range(1, turns + 1):
+                while clock.monotonic() - started_seconds < turn * work_seconds:
+                    pass
+                for _ in range(TURN_STEPS):
+                    after_step()
+            return clock.monotonic() - started_seconds
+
+        return go
+
+    idle_seconds, busy_seconds = run_together([run(0.0), run(0.1)])
+    assert busy_seconds >= turns * 0.1
+    assert idle_seconds < busy_seconds / 2
 
 
 def test_turns_go_round_and_those_who_have_ended_are_left_out() -> None:

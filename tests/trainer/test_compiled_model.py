@@ -16,15 +16,17 @@ from trainer_node import tasks
 from trainer_node.model.gpt import GPT
 
 
-def small_gpt(**options: object) -> GPT:
+def small_gpt(document_token: int | None = None, **options: object) -> GPT:
     torch.manual_seed(0)
     shape = {"layers": 2, "heads": 2, "width": 16, "context_tokens": 8, "vocabulary_size": 257}
-    return GPT(ModelSettings(**{**shape, **options}))  # type: ignore[arg-type]
+    return GPT(ModelSettings(**{**shape, **options}), document_token)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("tied_head", [False, True])
-def test_the_model_is_one_graph_with_the_same_names_loss_and_gradients(tied_head: bool) -> None:
-    plain, compiled = small_gpt(tied_head=tied_head), small_gpt(tied_head=tied_head)
+@pytest.mark.parametrize(("tied_head", "document_token"), [(False, None), (True, None), (False, 0)])
+def test_the_model_is_one_graph_with_the_same_names_loss_and_gradients(
+    tied_head: bool, document_token: int | None
+) -> None:
+    plain, compiled = (small_gpt(document_token, tied_head=tied_head) for _ in range(2))
     names = [name for name, _ in compiled.named_parameters()]
     compiled.compile(backend="eager", fullgraph=True)  # raises at a break
     tokens = torch.randint(0, 257, (3, 9), generator=torch.Generator().manual_seed(1))

@@ -320,11 +320,12 @@ def test_whatever_is_asked_for_is_refused_or_makes_a_run_that_ends(
     assert 0.0 < plan.rate_factor < math.inf
 
 
-def test_an_own_loop_has_no_controls():
+def test_an_own_loop_has_no_controls_and_no_packing():
     check_own_loop(tiny_settings().trainer)
-    for switch in SWITCHES:
+    switches = [f"trainer.controls.{switch}=true" for switch in SWITCHES]
+    for switch in (*switches, "trainer.data.packing=document"):
         with pytest.raises(SettingsError, match="loop of your own"):
-            check_own_loop(tiny_settings(f"trainer.controls.{switch}=true").trainer)
+            check_own_loop(tiny_settings(switch).trainer)
 
 
 def test_the_schedule_in_force_is_the_configured_one_without_a_chosen_tail():

@@ -84,7 +84,7 @@ def test_the_text_is_16_hex_digits_also_for_no_tensor():
     for tensors in ([], [torch.zeros(3)]):
         text = fingerprint(iter(tensors))
         assert len(text) == 16
-        assert int(text, 16) >= 0
+        assert set(text) <= set("0123456789abcdef")
 
 
 def test_reading_leaves_the_tensor_and_its_gradient_alone():

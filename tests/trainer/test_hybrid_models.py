@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import warnings
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def test_several_optimizers_schedulers_clipping_and_accumulation(tmp_path: Path)
     assert any(isinstance(m, Outcome) and m.verdict is Verdict.ACCEPTED for m in said)
 
 
-def test_a_compiled_model_under_autocast_with_a_scaler(tmp_path: Path) -> None:
+def test_a_compiled_model_under_autocast_with_a_scaler_has_jumps_that_are_kept(tmp_path: Path) -> None:
     model, optimizer = own.job()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -84,6 +84,6 @@ def test_a_compiled_model_under_autocast_with_a_scaler(tmp_path: Path) -> None:
                 scaler.update()
                 optimizer.zero_grad()
                 hybrid.after_step(loss)
-    outcomes = [m for m in said if isinstance(m, Outcome)]
-    assert any(outcome.verdict is Verdict.ACCEPTED for outcome in outcomes)
-    assert all(dataclasses.astuple(outcome) for outcome in outcomes)
+    kept = [m for m in said if isinstance(m, Outcome) and m.verdict is Verdict.ACCEPTED]
+    assert kept
+    assert all(outcome.delta_norm > 0.0 and math.isfinite(outcome.loss_end) for outcome in kept)

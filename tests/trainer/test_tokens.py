@@ -10,7 +10,7 @@ import pytest
 from common.errors import DataError, EnvironmentFault
 from trainer_node import tokens as tokens_module
 from trainer_node.corpus import Corpus, Document, split
-from trainer_node.tokens import END, load_tokenizer, prepare_tokens, read_sidecar, train_tokenizer
+from trainer_node.tokens import END, END_TOKEN, load_tokenizer, prepare_tokens, read_sidecar, train_tokenizer
 
 WORDS = ["def", "return", "value", "token", "weight", "step", "été", "名前", "<end>", "\t", "\n", "()", "0.5"]
 
@@ -55,6 +55,15 @@ def test_tokens_decode_to_the_very_bytes_of_the_documents(tmp_path, part):
     # The corpus spells <end> too: that must not read as a border.
     wanted = [document.text for document in getattr(split(CORPUS, 0.2), part)]
     assert decoded(prepare(tmp_path), part) == wanted
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_the_end_token_stands_behind_every_document_and_nowhere_else(tmp_path, part):
+    token_set = prepare(tmp_path)
+    assert load_tokenizer(token_set.tokenizer_path).token_to_id(END) == END_TOKEN
+    tokens = getattr(token_set, part)
+    assert tokens[-1] == END_TOKEN
+    assert np.count_nonzero(tokens == END_TOKEN) == getattr(token_set.sidecar, part).documents
 
 
 @pytest.mark.parametrize("text", ["ü line\n" * 700, "ü" * 3000, "\n\n  x" * 900])

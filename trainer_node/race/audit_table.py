@@ -141,8 +141,10 @@ def _parted(jumps: Sequence[AuditedJump]) -> tuple[list[AuditedJump], list[Audit
 
 
 def _median(values: Sequence[float]) -> float | None:
-    finite = [value for value in values if math.isfinite(value)]
-    return statistics.median(finite) if finite else None
+    """None for none, or where it is infinite: a jump that ended its run counts as that."""
+    known = [value for value in values if not math.isnan(value)]
+    median = statistics.median(known) if known else math.nan
+    return median if math.isfinite(median) else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -20,12 +20,11 @@ import math
 from collections.abc import Sequence
 
 from trainer_node.race.arm_table import ARMS, BATCH_FACTOR, GROUPS
-from trainer_node.race.claims import LOSS_GAP, loss_gap, pair_words, table, task_name
+from trainer_node.race.claims import LOSS_GAP, loss_gap, pair_words, table, task_name, unraced_words
 from trainer_node.race.evidence import Evidence, PairEvidence
 from trainer_node.race.rules import RULES
 from trainer_node.race.statistics import MEANINGFUL_LOSS, geometric_mean, regressions
-from trainer_node.race.tasks import CPU_TASKS
-from trainer_node.race.words import FEW_SEEDS, RESERVATIONS, percent
+from trainer_node.race.words import RESERVATIONS, percent
 
 STACK_GOAL = 2.0
 UNTUNED_GOAL = 3.0
@@ -148,14 +147,9 @@ def _judged(files: Sequence[Evidence], rule: str, met: bool, words: str, bar: st
     found = _of(files, rule)
     if not found:
         return [f"**No evidence yet.** The bar: {bar}."]
-    trials = RULES[rule].trials if RULES[rule].tunes else 0
-    whole = [e for e in found if len(e.seeds) >= FEW_SEEDS and e.trials >= trials and not e.missing]
-    absent = [task for task in CPU_TASKS if task not in {e.task for e in whole}]
-    if absent:
-        effort = f"{FEW_SEEDS} seeds" + (f" and {trials} trials" if trials else "")
-        words += f"; not raced to the end with {effort}: {', '.join(absent)}"
-    verdict = "Met" if met and not absent else "Not met"
-    return [f"**{verdict}**: {words}. The bar: {bar}.", *_label(rule)]
+    unraced = unraced_words(found, rule)
+    verdict = "Met" if met and not unraced else "Not met"
+    return [f"**{verdict}**: {words}{unraced}. The bar: {bar}.", *_label(rule)]
 
 
 def _label(rule: str) -> list[str]:
@@ -227,7 +221,7 @@ def _factor(pair: PairEvidence | None) -> str:
 
 
 def _ratio(ratio: float | None) -> str:
-    """0: on most seeds the arm never got there."""
+    """0: on half or more of the seeds the arm never got there."""
     return "–" if ratio is None else f"{ratio:.3f}×" if ratio > 0 else "never"
 
 

@@ -149,6 +149,7 @@ def evidence_of(figures: RaceFigures) -> Evidence:
             if pair.arm in (ours, JUMPING_ARM) or (pair.arm, pair.versus) in told
         ),
         missing=figures.missing,
+        notes=race.remarks,
         in_distribution=race.in_distribution,
         fitted_on=race.fitted_on,
     )

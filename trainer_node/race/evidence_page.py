@@ -25,6 +25,7 @@ from trainer_node.race.claims_controls import (
 )
 from trainer_node.race.evidence import ArmEvidence, Evidence, read_all
 from trainer_node.race.rules import RULES
+from trainer_node.race.words import JUMPING_ARM
 
 _INTRODUCTION = """# Evidence
 
@@ -34,7 +35,9 @@ test fails when page and files differ. Each file is one race: `trainer-node race
 Speed is seconds of the reference / seconds of the arm until a held-out loss is reached: time of the one
 core that trainer and predictor share, which on an idle machine is wall-clock (on a GPU: wall-clock), the
 predictor's learning, checks and undone steps included; the median of the ratios of equal seeds, with its 95 %
-bootstrap interval. A run that never gets there is infinitely slow.
+bootstrap interval. A run that never gets there is infinitely slow. `p` is an exact two-sided sign test over
+the seeds, not corrected for the number of arms; "on a spare core" leaves out the predictor's seconds; the
+final loss is the held-out one after T0 steps.
 
 Rules:
 
@@ -147,7 +150,9 @@ def _audits(folder: Path) -> list[str]:
     if not parts:
         return []
     intro = (
-        "At every jump a twin without it was trained from the same state on the same batches. Losses are"
-        " held-out, in nats, jump minus twin: below zero the jump was good."
+        f"At every jump of {JUMPING_ARM} a twin without it was trained from the same state on the same"
+        " batches. A gain is the held-out loss of the twin minus that of the jump, in nats: above zero the"
+        " jump was good. The table is of jumps tried beside a plain run, and has the difference the other way"
+        " round, jump minus twin: below zero it was good."
     )
     return ["## Audit: the road not taken", intro, *parts]

@@ -6,6 +6,7 @@ results are told apart by arm, config, length and seed alone. Runs nothing.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -131,20 +132,33 @@ def check_folder(options: RaceOptions, plan: RacePlan) -> str:
     return ""
 
 
-def write_folder(options: RaceOptions, plan: RacePlan) -> None:
-    """Creates race.json unless it is there. Raises OSError."""
+def check_data(options: RaceOptions, data: str) -> None:
+    """`data` describes them as they are now. Raises SettingsError when the race began with others: a file
+    that was edited has the same name."""
+    path = options.folder / FILE_NAME
+    former = json.loads(path.read_text(encoding="utf-8")).get("data", data) if path.exists() else data
+    if former != data:
+        raise SettingsError(
+            f"{options.folder} holds a race on other data ({former}; now {data}): choose another --out"
+        )
+
+
+def write_folder(options: RaceOptions, plan: RacePlan, *, data: str = "") -> None:
+    """Creates race.json unless it is there. `data` describes them; "" = not known. Raises OSError."""
     path = options.folder / FILE_NAME
     if path.exists():
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     values = {"race": _identity(options, plan), "code": code_fingerprint(), "command": options.command}
+    values |= {"data": data} if data else {}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
+@functools.cache
 def code_fingerprint() -> str:
-    """Of the sources of all nodes, as they are installed."""
+    """Of the sources of all nodes, as they are installed, or were when this process first asked."""
     root = Path(common.__file__).parent.parent
     digest = hashlib.sha256()
     for package in ("common", "trainer_node", "predictor_node"):

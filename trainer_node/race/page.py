@@ -145,6 +145,14 @@ def _meaning(figures: RaceFigures, arm: str) -> str:
     return f"{meaning} ({config})" if config else meaning
 
 
+def _trials(figures: RaceFigures) -> str:
+    race = figures.race
+    if (plain := max(race.total_trials, race.trials)) == race.trials:
+        return f"{race.trials} trials an arm"
+    own = f"one around another takes over its choice and has {race.trials} of its own"
+    return f"{plain} trials a plain arm; {own}"
+
+
 def _protocol(figures: RaceFigures) -> list[tuple[str, str]]:
     race = figures.race
     target = "not known yet" if race.target is None else f"held-out loss {race.target:.5g}"
@@ -154,7 +162,7 @@ def _protocol(figures: RaceFigures) -> list[tuple[str, str]]:
         ("reference", race.reference_arm or "not known yet"),
         ("base budget", f"T0 = {race.base_steps:,} steps"),
         ("seeds", f"{seeds}; a seed fixes first weights and batches in every arm"),
-        ("tuning", f"{race.trials} trials an arm and level, at T0, on a seed that does not race"),
+        ("tuning", f"{_trials(figures)}, at T0, on a seed that does not race"),
         (
             "crossing, decayed rate",
             "final loss over planned length, monotone, interpolated over log(length) for each seed;"

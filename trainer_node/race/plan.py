@@ -48,9 +48,10 @@ class RaceRecord:
     crossings: Mapping[str, int | None] = field(default_factory=dict)  # planned steps; None = a miss
     incomplete: tuple[str, ...] = ()  # arms that still have runs to do
     notes: tuple[str, ...] = ()  # failed runs and the like, one line each
-    total_trials: int = 0  # spent on every arm, those of the arm that it wraps included
+    total_trials: int = 0  # of a plain arm; one around it takes over its choice and has `trials` of its own
     in_distribution: tuple[str, ...] = ()  # arms whose predictor was fitted on earlier runs of this task
     fitted_on: int = 0  # how many runs these were
+    remarks: tuple[str, ...] = ()  # what else a reader must know, a sentence each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ class RacePlan:
 
     def own_trials(self, arm: Arm) -> int:
         """Trials of the arm itself. A wrapping arm spends `trials` on its own settings, on top of the choice
-        of the arm that it wraps, which has spent as many more. One = there is nothing to choose."""
+        of the arm that it wraps, which is given as many more. One = there is nothing to choose."""
         if not arm.tuned or not RULES[self.rule].tunes:
             return 1
         return self.trials * (self.levels - _tuned_under(arm))

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -25,18 +25,19 @@ import psutil
 from common.errors import EnvironmentFault
 from trainer_node.race import earlier_runs
 from trainer_node.race.arms import ARMS, run_settings
-from trainer_node.race.crossing_search import Found, Missed
-from trainer_node.race.options import RaceOptions, check_folder, plan_of, write_folder
-from trainer_node.race.plan import RacePlan, RaceRecord
+from trainer_node.race.options import RaceOptions, check_data, check_folder, plan_of, write_folder
+from trainer_node.race.plan import RacePlan
+from trainer_node.race.record import record_of
 from trainer_node.race.results import FILE_NAME as RESULTS_NAME
 from trainer_node.race.results import Results, open_results, read_results
 from trainer_node.race.run_result import RunKey
 from trainer_node.race.show import RaceDisplay
 from trainer_node.race.waves import Standing, Wave
+from trainer_node.race.words import JUMPING_ARM
 from trainer_node.race.workers import Failed, Runner, RunOrder, Workers, make_run
 
 INTERRUPTED = 130
-AUDITED_ARM = "ours-aggressive"  # the one that jumps
+AUDITED_ARM = JUMPING_ARM
 AUDIT_SEEDS = 3  # unless --seeds says otherwise: an audit of a run costs several times that run
 
 
@@ -63,10 +64,11 @@ def race(options: RaceOptions, *, runner: Runner = make_run) -> int:
     minutes = options.budget_minutes
     deadline_seconds = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     ours = _Race(options, plan, runner, deadline_seconds)
-    if runner is make_run:
-        _check_data(plan)
+    data = _check_data(plan) if runner is make_run else ""
+    if data:
+        check_data(options, data)
     try:
-        write_folder(options, plan)
+        write_folder(options, plan, data=data)
     except OSError as error:
         raise EnvironmentFault(f"{options.folder}: cannot be written: {error.strerror}") from None
     with open_results(options.folder) as results:
@@ -182,39 +184,6 @@ def _failures_by_arm(failed: Mapping[str, str]) -> list[str]:
     return [f"{arm}: {count} failed runs: {reason}" for (arm, reason), count in counts.items()]
 
 
-def record_of(
-    options: RaceOptions, standing: Standing, notes: Sequence[str] = (), *, machine: str = ""
-) -> RaceRecord:
-    """What is known of the race by now."""
-    plan, reference = standing.plan, standing.reference_arm()
-    tuned = {name: standing.tuned(ARMS[name]) for name in plan.arms}
-    states = {name: standing.crossing(ARMS[name]) for name in plan.arms if ARMS[name].rule != "constant"}
-    return RaceRecord(
-        task=plan.task,
-        rule=plan.rule,
-        target=standing.target(),
-        base_steps=plan.base_steps,
-        seeds=plan.seeds,
-        trials=plan.trials,
-        total_trials=plan.trials * plan.levels,
-        arms=plan.arms,
-        tuned={name: config for name, config in tuned.items() if config is not None},
-        reference_arm=reference.name if reference is not None else "",
-        machine=machine,
-        date=options.today,
-        command=options.command,
-        crossings={
-            name: plan.lattice.steps(state.k) if isinstance(state, Found) else None
-            for name, state in states.items()
-            if isinstance(state, Found | Missed)
-        },
-        incomplete=tuple(name for name in plan.arms if standing.missing_of(ARMS[name])),
-        notes=tuple(notes),
-        in_distribution=tuple(name for name in plan.arms if plan.rule == "fitted" and ARMS[name].is_ours),
-        fitted_on=options.fitted_on or 0,
-    )
-
-
 def _report(ours: _Race, results: Results) -> None:
     from trainer_node.race import evidence, report
 
@@ -222,7 +191,7 @@ def _report(ours: _Race, results: Results) -> None:
     if not runs:
         return
     notes = _failures_by_arm(ours.failed)
-    record = record_of(ours.options, _standing(ours, results), notes, machine=runs[-1].machine)
+    record = record_of(ours.options, _standing(ours, results), notes, runs)
     written = report.write_report(ours.options.folder, record, runs)
     click.echo(written.text)
     for note in written.notes:
@@ -259,11 +228,14 @@ def _audit(options: RaceOptions, plan: RacePlan) -> int:
     return 0
 
 
-def _check_data(plan: RacePlan) -> None:
-    """Raises DataError or EnvironmentFault now, and fills the token cache before workers ask for it."""
+def _check_data(plan: RacePlan) -> str:
+    """What they are, in words. Raises DataError or EnvironmentFault now, and fills the token cache before
+    workers ask for it."""
     from trainer_node.assembly import prepare_task
 
-    click.echo(f"task   {prepare_task(plan.base.trainer).description}", err=True)
+    description = prepare_task(plan.base.trainer).description
+    click.echo(f"task   {description}", err=True)
+    return description
 
 
 def _worker_count(options: RaceOptions, plan: RacePlan) -> int:

@@ -74,7 +74,7 @@ class Referee:
         self,
         step: float,
         spent: Spent,
-        read_out: Callable[[], AbstractContextManager[None]] | None,
+        read_out: Callable[[], AbstractContextManager[object]] | None,
         *,
         real_steps: int | None = None,
     ) -> CurvePoint:

@@ -1,5 +1,6 @@
 """results.jsonl of a race: append-only, one line per finished run. Knows runs by their identity only.
 
+The first line of a run counts, and the last one of a run that was timed: it was timed again with more arms.
 Reading drops a torn last line (a kill in the middle of a write) and says so. One writer at a time.
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import EnvironmentFault, SettingsError
-from trainer_node.race.run_result import RunResult, from_json_line, to_json_line
+from trainer_node.race.run_result import TIME, RunResult, from_json_line, to_json_line
 
 FILE_NAME = "results.jsonl"
 
@@ -30,8 +31,8 @@ class Results:
         return self._known
 
     def append(self, result: RunResult) -> None:
-        """On disk when this returns. A run that is there already is left as it is."""
-        if result.key.identity in self._known:
+        """On disk when this returns. A run that is there already is left as it is, unless it is timed."""
+        if result.key.identity in self._known and result.key.purpose != TIME:
             return
         try:
             self._file.write(to_json_line(result).encode() + b"\n")
@@ -75,7 +76,8 @@ def read_results(path: Path) -> tuple[dict[str, RunResult], int, str]:
                 f"{path}, line {number}: not a result of this version; remove that line or race into"
                 " another folder (--out)"
             ) from None
-        known.setdefault(result.key.identity, result)
+        if result.key.purpose == TIME or result.key.identity not in known:
+            known[result.key.identity] = result
     note = f"{path}: a torn last line was dropped; that run is made again" if torn else ""
     return known, len(content) - len(torn), note
 

@@ -8,8 +8,7 @@ Chooses nothing (plan.py) and keeps nothing (results.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from trainer_node.race.in_process import (
 )
 from trainer_node.race.machine import clock_for, forget_peak, machine, peak_bytes
 from trainer_node.race.optimizers import METHODS, Method, MethodInput
+from trainer_node.race.options import code_fingerprint
 from trainer_node.race.referee import Referee, Spent
 from trainer_node.race.run_result import PhaseSpan, RunKey, RunResult
 from trainer_node.race.together import ThreadClock, run_together
@@ -135,8 +135,10 @@ def run_task(
     )
     forget_peak(task.device)
     if arm.is_ours:
-        return _run_ours(key, settings, task, referee, predictor(), span_clock or SystemClock())
-    return _run_plain(key, arm, settings, task, referee)
+        result = _run_ours(key, settings, task, referee, predictor(), span_clock or SystemClock())
+    else:
+        result = _run_plain(key, arm, settings, task, referee)
+    return replace(result, code=code_fingerprint())
 
 
 # ---- arms that are not ours ------------------------------------------------------------------
@@ -287,14 +289,7 @@ class _OurRun:
         self._referee.read(
             loop.progress.clock,
             spent,
-            partial(our_read_out, loop) if averaged else None,
+            partial(weights_that_count, loop) if averaged else None,
             real_steps=step if step != loop.progress.clock else None,
         )
         self._reading_passes += sum(passes.values()) - before
-
-
-@contextmanager
-def our_read_out(loop: Loop) -> Iterator[None]:
-    """Lends what the loop would hand out: the averaged weights, if the guard batches prefer them."""
-    with weights_that_count(loop):
-        yield

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 RESULT_SCHEMA = 1
+TIME = "time"  # purpose of a run that is made to be timed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,7 @@ class RunKey:
         """Key of results.jsonl. A tuning run may serve in the race, so the purpose is not part of it; only a
         run made to be timed is made for that alone."""
         known = f"{self.task}/{self.arm}/{self.config_hash}/{self.planned_steps}/{self.seed}"
-        return known + ("/time" if self.purpose == "time" else "")
+        return known + ("/time" if self.purpose == TIME else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +78,7 @@ class RunResult:
     forecasts: tuple[tuple[float, float, float], ...]  # (forecast without jump, spread, happened) per point
     phases: tuple[PhaseSpan, ...]
     machine: str  # processor, cores, threads used, torch version
+    code: str = ""  # fingerprint of the code that made it; "" = not known
 
     @property
     def final(self) -> CurvePoint:

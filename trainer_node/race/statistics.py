@@ -4,7 +4,7 @@ All ratios are reference / arm on the same seed (common random numbers), so abov
 reference. Infinity is a value: an arm that missed has ratio 0; a reference that missed where the arm did
 not gives infinity; where both missed there is nothing to compare, and the pair is counted, not used.
 Nowhere does an infinity improve a finite figure: a median that would average a finite with an
-infinite ratio takes the finite one.
+infinite ratio takes the finite one, and one that would average a finite ratio with that of a miss is 0.
 
 Sources: percentile bootstrap (Efron & Tibshirani 1993, chapter 13); exact sign test (Conover 1999, 3.4);
 geometric mean over tasks as in AlgoPerf (arXiv 2306.07179).
@@ -63,7 +63,7 @@ def time_median(times: Sequence[float]) -> float:
 
 
 def ratio_median(ratios: Sequence[float]) -> float:
-    """Median; a middle pair of a finite and an infinite ratio counts as the finite one. NaN for none."""
+    """Median; a middle pair of which one is infinite, or 0 for a miss, counts as the lower. NaN for none."""
     if not len(ratios):
         return math.nan
     return float(_ratio_medians(np.asarray(ratios, dtype=float)[None, :])[0])
@@ -186,7 +186,6 @@ def _middle_pair(sorted_N: np.ndarray) -> np.ndarray:
 
 def _ratio_medians(ratios_RN: np.ndarray) -> np.ndarray:
     """(R, N) -> (R,)"""
-    pair_R2 = _middle_pair(np.sort(ratios_RN, axis=-1))
-    low_R = pair_R2[:, 0]
-    high_R = np.where(np.isinf(pair_R2[:, 1]), low_R, pair_R2[:, 1])
-    return np.where(high_R == low_R, low_R, (low_R + high_R) / 2)
+    low_R, high_R = _middle_pair(np.sort(ratios_RN, axis=-1)).T
+    is_infinite_R = (low_R == 0.0) | np.isinf(high_R)  # a time or the other: no mean of both is one
+    return np.where(is_infinite_R | (high_R == low_R), low_R, (low_R + high_R) / 2)

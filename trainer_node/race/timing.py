@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from trainer_node.race.run_result import CurvePoint, RunResult
-
-TIME = "time"  # purpose of a run that is made to be timed
+from trainer_node.race.run_result import TIME, CurvePoint, RunResult
 
 
 def retimed(results: Iterable[RunResult]) -> list[RunResult]:

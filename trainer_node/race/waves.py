@@ -5,7 +5,8 @@
              to see that more steps still help (where they do not, a time to target means nothing)
     race     every arm at T0 with all seeds; decayed arms at the lengths that their search asks for,
              arms of constant rate once at the longest length, to be read while they go on
-    time     every arm once more at T0 with all seeds: only these runs are timed (timing.py)
+    time     every arm once more at T0 with all seeds: only these runs are timed (timing.py). All arms of
+             a seed at the same time: where one came later, the others are timed again with it
 
 A wave is a list of runs that do not depend on each other, ordered by seed and then by arm: a slow drift
 of the machine hits all arms alike. Protocol: reference/speedup.md, section 3. Makes no runs.
@@ -32,7 +33,7 @@ LENGTHS_EXPECTED = 5  # visited by a search, as a guess for the time left
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wave:
     phase: str  # "tune", "target", "race", "time"
-    keys: tuple[RunKey, ...]  # not there yet
+    keys: tuple[RunKey, ...]  # not there yet, or timed without an arm that is there now
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,13 @@ class Standing:
             ("race", self._race_keys()),
             ("time", self._timing_keys()),
         ):
-            missing = tuple({key.identity: key for key in keys if not self._is_known(key)}.values())
+            missing = {key.identity: key for key in keys if not self._is_known(key)}
+            if missing and phase == "time":
+                seeds = {key.seed for key in missing.values()}
+                missing = {key.identity: key for key in keys if key.seed in seeds}
             if missing:
                 order = list(ARMS)
-                return Wave(phase=phase, keys=tuple(sorted(missing, key=lambda k: _turn(k, order))))
+                return Wave(phase=phase, keys=tuple(sorted(missing.values(), key=lambda k: _turn(k, order))))
         return None
 
     def tuned(self, arm: Arm) -> Config | None:
@@ -112,8 +116,10 @@ class Standing:
         return state
 
     def missing_of(self, arm: Arm) -> bool:
-        """Whether runs of the race are still to be made, or failed, for this arm."""
-        keys = self._arm_keys(arm)
+        """Whether runs are still to be made, or failed, for this arm: of the race, or to be timed."""
+        keys, config = self._arm_keys(arm), self.tuned(arm)
+        if config is not None:
+            keys = keys + self._seed_keys(arm, config, self.plan.base_steps, "time")
         return not keys or any(key.identity not in self.results for key in keys)
 
     def steps_ahead(self) -> int:

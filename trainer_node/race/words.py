@@ -40,7 +40,7 @@ def comparison(arm: str, versus: str, ratio: Ratio) -> str:
         return f"{arm} and {versus} cannot be compared{both}"
     times = f"{factor(ratio.median)} ({interval(ratio)}; faster on {ratio.wins} of {ratio.pairs} seeds)"
     if ratio.median == 0:
-        return f"{arm} missed the target on most seeds where {versus} reached it"
+        return f"{arm} missed the target on half or more of the seeds where {versus} reached it"
     if best_possible_coverage(ratio.pairs) < 0.95:
         return f"{arm} against {versus}: {times}, too few seeds to tell a difference from luck"
     if ratio.low95 > 1:
@@ -124,6 +124,7 @@ def reservations(figures: RaceFigures) -> list[str]:
         lines.append(
             f"Fitted on earlier runs of this very task (in-distribution): {', '.join(race.in_distribution)}."
         )
+    lines += race.remarks
     if figures.missing:
         lines.append("Runs are missing (named below): every figure may still change.")
     return lines
