@@ -170,7 +170,8 @@ def _on_trial(view: RunView) -> str | None:
     book: ControlBook = view.curves.controls
     if view.phase is not Phase.CORRECT:
         return None
-    asked = book.on_trial(view.step, view.settings.trainer.probation_steps)
+    trainer = view.settings.trainer
+    asked = book.on_trial(view.step, max(trainer.probation_steps, trainer.controls.trial_steps))
     return (book.change_of(asked) or None) if asked is not None else None
 
 

@@ -104,7 +104,8 @@ class RunCurves:
         if outcome.horizon_steps > 0:
             jump = (outcome.base_step, outcome.verdict.value, outcome.horizon_steps)
             append_bounded(self.jumps, jump, _JUMPS)
-        if outcome.verdict in m.APPLIED_VERDICTS and outcome.probation_steps > 0:
+        is_known = math.isfinite(outcome.loss_forecast)  # not of a trial that ended half-way, in ruin
+        if outcome.verdict in m.APPLIED_VERDICTS and outcome.probation_steps > 0 and is_known:
             end_step = outcome.base_step + outcome.probation_steps
             self.forecast.add(end_step, outcome.loss_forecast, outcome.loss_spread)
         self.controls.settled(outcome)

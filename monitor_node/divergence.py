@@ -156,7 +156,8 @@ def settled(state: DivergenceState, outcome: Outcome, *, probation_steps: int) -
     decision = state.decision
     if decision is None or decision.decision_id != outcome.decision_id or decision.forecast is None:
         return state, ()
-    expected = _claimed_loss(decision.forecast, outcome.verdict)
+    # Behind a trial that is kept, what was seen last are the steps of its twin.
+    expected = None if outcome.lost_steps else _claimed_loss(decision.forecast, outcome.verdict)
     state = state._replace(decision=None)
     if expected is None:
         return state, ()

@@ -199,8 +199,10 @@ class RunView:
         if message.node != TRAINER:
             return
         self.trainer_process = TrainerProcess.of(message, sent_unix_seconds)
-        if self._progress and message.step < self._progress[-1][1] - self.settings.trainer.window_steps:
-            self._progress.clear()  # a resume, not a refused jump
+        trainer = self.settings.trainer
+        undone_steps = max(trainer.window_steps, trainer.controls.trial_steps)
+        if self._progress and message.step < self._progress[-1][1] - undone_steps:
+            self._progress.clear()  # a resume, not a refused jump or the twin of a trial
         if not self._progress or message.step != self._progress[-1][1]:
             self._progress.append((sent_unix_seconds, message.step))
 
@@ -220,11 +222,12 @@ class RunView:
         self.divergence, _ = divergence.settled(
             self.divergence, message, probation_steps=self.settings.trainer.probation_steps
         )
-        # The verdict alone does not say: FAILED may be either, REFUSED too. Beside a twin the run has gone back
-        # before: its steps are of this attempt already.
+        # The verdict alone does not say: FAILED may be either, REFUSED too. Beside a twin the run has gone
+        # back before: its steps are of this attempt already.
         if goes_back:
             self._undo_above(message.base_step)
-            self.step = message.base_step
+            is_kept = message.verdict is m.Verdict.ACCEPTED  # the trial: those of its twin are undone
+            self.step = message.base_step + (message.probation_steps if is_kept else 0)
         if message.verdict is m.Verdict.ACCEPTED:
             self._accepted.append((message.base_step, message.horizon_steps))
             self._counted_virtual_steps += message.horizon_steps

@@ -1,6 +1,7 @@
 """The controls that may be tried here and now, each with what it is forecast to bring and why. Pure.
 
-    rate:/4, rate:/2    of need: signs of ruin, a spike that the trainer rolled back
+    rate:/4, rate:/2    of need: signs of ruin, a spike that the trainer rolled back; from the first weights,
+                        where the run has learned nothing and they are held (trainer_node/first_weights.py)
     rate:x4, rate:x2    of free will: climb while the loss falls visibly, by the most that is allowed, as a
                         large step shows in few steps what a small one hides in noise. Stops at the first
                         that is refused; half of it is tried when the run is twice as long, the whole when
@@ -35,7 +36,7 @@ from common.messages import Controls
 from common.schedule import decay_start_step
 from common.settings import RunSettings
 from predictor_node.batch_law import StepTime, gain_of
-from predictor_node.evidence import Evidence, is_early, ruin_words
+from predictor_node.evidence import Evidence, has_learned, is_early, ruin_words
 from predictor_node.forecast import LossCurve
 
 RATE_UP = {"rate:x4": 4.0, "rate:x2": 2.0}  # the larger first
@@ -148,7 +149,7 @@ def _lower(here: Situation, why: str, factors: tuple[float, ...]) -> Candidate |
 
 
 def _climbs(here: Situation) -> Iterator[Candidate]:
-    if not _may_move_rate(here, "rate:up"):
+    if not _may_move_rate(here, "rate:up") or here.evidence.significance > VISIBLE:
         return
     last = here.climb_gain
     gain = min(1.0, max(MIN_GAIN, last / 2.0)) if math.isfinite(last) else CLIMB_GAIN
@@ -159,17 +160,18 @@ def _climbs(here: Situation) -> Iterator[Candidate]:
 
 
 def _descents(here: Situation) -> Iterator[Candidate]:
-    """Only where a climb was refused: one of the two is in vain, and a trial costs much."""
+    """Only where a climb was refused: one of the two is in vain, and a trial costs much. That noise hides the
+    fall is no objection: it is what a rate that is too high does."""
     if "rate:up" not in here.not_before or not _may_move_rate(here, "rate:down"):
         return
     yield from _largest(here, {"rate:/2": 0.5}, MIN_GAIN, "a higher rate was no better")
 
 
 def _may_move_rate(here: Situation, kind: str) -> bool:
-    """Where the fall cannot be told from noise, a trial of some steps tells nothing."""
+    """Not beside noise alone: of a run that has learned nothing some steps tell nothing."""
     is_early = here.clock <= CLIMB_SHARE * here.tail_start
     is_on = here.settings.trainer.controls.rate and here.may_try(kind)
-    return is_on and is_early and here.evidence.significance <= VISIBLE
+    return is_on and is_early and has_learned(here.evidence)
 
 
 def _largest(here: Situation, factors: Mapping[str, float], gain: float, why: str) -> Iterator[Candidate]:

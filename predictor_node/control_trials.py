@@ -2,8 +2,8 @@
 
 Owns the bandit, the budget and the pacing, and keeps them in step. The bandit learns by how much the
 estimates of control_arms.py are wrong: its target is reward less forecast, so an arm that was never tried is
-worth its estimate. The budget counts costs only: trials may cost `predictor.control_share` of the run's
-passes at most, whatever they gain; a run in ruin is exempt. Proposes nothing.
+worth its estimate. Trials may cost `predictor.control_share` of the run's passes at most, less a part of what
+the kept ones were seen to gain; a run in ruin is exempt. Proposes nothing.
 """
 
 from __future__ import annotations
@@ -56,9 +56,15 @@ class Trial:
     is_exempt: bool
     num_steps: int = 0  # of its probation, seen so far
     log10_seconds: float = 0.0  # their sum
+    is_return: bool = False  # it began at the first weights
 
-    def stepped(self, log10_seconds: float) -> Trial:
-        return replace(self, num_steps=self.num_steps + 1, log10_seconds=self.log10_seconds + log10_seconds)
+    def stepped(self, log10_seconds: float, *, is_return: bool = False) -> Trial:
+        return replace(
+            self,
+            num_steps=self.num_steps + 1,
+            log10_seconds=self.log10_seconds + log10_seconds,
+            is_return=is_return,
+        )
 
     @property
     def step_seconds(self) -> float:

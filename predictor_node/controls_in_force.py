@@ -95,6 +95,11 @@ class InForce:
         return [asdict(change) for change in self.changes]
 
 
+def begun_with(controls: Controls) -> InForce:
+    """From the first step on."""
+    return InForce((Change(0, 0, 0.0, controls),))
+
+
 def in_force_from_json(values: Sequence[dict[str, Any]]) -> InForce:
     """Raises TypeError or ValueError for what is no such list."""
     changes = tuple(Change(**{**value, "controls": Controls(**value["controls"])}) for value in values)

@@ -1,12 +1,14 @@
 """What the newest steps say about the run: its trend, its noise, and whether it is being ruined. Pure.
 
-A rate that is far too high shows in four ways, and only in the early steps in a fifth:
+A rate that is far too high shows in five ways, and only in the early steps in a sixth:
 
     not finite   a loss that is no number
     beyond       the loss has left its best by a quarter of all that was gained, or a tenth of the level,
                  and by what noise makes of the best of many, and is not on its way back
     rising       a slope that is significantly positive, and a rise that matters; where every gradient is
                  clipped, less significance is enough
+    exploded     the loss was far above its first one, and has gained nothing since: the weights are dead, and
+                 a loss that stands still at chance tells nothing else
     stuck        early, when a healthy run falls fast: no fall to be told from noise, and the loss is still
                  near its first one. A rate that is too low also falls slowly, but with little noise, so its
                  slope is significant; a run that has gained its tenth falls unseen under the noise of its
@@ -36,6 +38,8 @@ BEST_OF_MANY = 4.0  # deviations that the best single loss may lie below the lev
 RISE_SHARE = 0.1  # of what was gained so far: a rise below that is none to act on
 EARLY_SHARE, EARLY_STEPS = 0.2, 512.0  # of the run, and at most
 STUCK_GAIN = 0.1  # of the first loss: a run that gained as much is not stuck
+EXPLODED = 0.5  # of the first loss above it: 3.5 and 100 of it at 30 times the best rate (docs/lab-log.md)
+PLAIN_FALL = 3.0  # deviations: at a point in forty noise alone shows two
 SURE_FALL = 2.0  # deviations that a fall may be faster than its fit
 MIN_NOISE_ROWS = 4
 
@@ -53,6 +57,8 @@ class Evidence:
     level: float  # mean of the newest LEVEL_STEPS finite losses
     first: float
     best: float
+    peak: float  # of the same steps as the slope
+    late_significance: float  # of the slope of the newer half of them: a leap early on does not hide a fall
     slope: float  # per step, over `num_steps`; positive = rising
     significance: float  # slope in its own deviations
     noise: float  # deviation of a single loss, from successive differences
@@ -65,7 +71,8 @@ def evidence_of(rows: Sequence[Row], *, since_step: int) -> Evidence:
     newest = [row for row in rows[-TREND_STEPS:] if row.step > since_step]
     losses = [row.loss for row in newest]
     finite = [row.loss for row in rows[-LEVEL_STEPS:] if math.isfinite(row.loss)]
-    slope, significance = trend_of([loss for loss in losses if math.isfinite(loss)])
+    known = [loss for loss in losses if math.isfinite(loss)]
+    slope, significance = trend_of(known)
     last = rows[-1]
     seen = [row.loss for row in rows if math.isfinite(row.loss)]
     return Evidence(
@@ -74,6 +81,8 @@ def evidence_of(rows: Sequence[Row], *, since_step: int) -> Evidence:
         level=math.fsum(finite) / len(finite) if finite else math.nan,
         first=_base(last, _FIRST, max(seen, default=math.nan)),
         best=min(_base(last, _BEST, math.inf), min(seen, default=math.nan)),
+        peak=max(known, default=math.nan),
+        late_significance=trend_of(known[len(known) // 2 :])[1],
         slope=slope,
         significance=significance,
         noise=_noise(seen[-TREND_STEPS:]),
@@ -99,14 +108,29 @@ def ruin_words(evidence: Evidence, *, is_early: bool, is_lowered: bool = False) 
     if evidence.significance > sure and rise > RISE_SHARE * gained:
         clipped = ", every gradient is clipped" if evidence.clipped_share >= 1.0 else ""
         return f"the loss rises, {rise:.2g} in {evidence.num_steps} steps{clipped}"
+    if _has_exploded(evidence):
+        return f"the loss exploded ({evidence.peak:.3g} after {evidence.first:.3g}) and gained nothing since"
     if is_early and not is_lowered and _is_stuck(evidence):
         return f"no progress in {evidence.num_steps} early steps"
     return ""
 
 
+def has_learned(evidence: Evidence) -> bool:
+    """Whether the loss has left its first one by STUCK_GAIN of it. False where either is not known."""
+    return evidence.first - evidence.level >= STUCK_GAIN * abs(evidence.first)
+
+
+def _has_exploded(evidence: Evidence) -> bool:
+    is_far = evidence.peak - evidence.first > max(
+        EXPLODED * abs(evidence.first), BEST_OF_MANY * evidence.noise
+    )
+    return is_far and not has_learned(evidence) and evidence.late_significance > -PLAIN_FALL
+
+
 def _is_stuck(evidence: Evidence) -> bool:
-    is_near_first = evidence.first - evidence.level < STUCK_GAIN * abs(evidence.first)
-    return is_near_first and evidence.num_steps >= MIN_STUCK_STEPS and evidence.significance > -1.0
+    return (
+        not has_learned(evidence) and evidence.num_steps >= MIN_STUCK_STEPS and evidence.significance > -1.0
+    )
 
 
 def fastest_fall(rows: Sequence[Row], *, since_step: int) -> float:

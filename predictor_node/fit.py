@@ -101,7 +101,9 @@ def _live_through(
                         decision,
                     )
                 steps += 1
-            case Outcome() if policy is not None and message.decision_id not in of_controls:
+            case Outcome() if policy is not None and message.decision_id in of_controls:
+                seen = seen.after(message)
+            case Outcome() if policy is not None:
                 policy.settle(message)
                 jumps += message.probation_steps > 0
     if policy is None or not steps:

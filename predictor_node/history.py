@@ -5,7 +5,8 @@ half-way leaves the old one in force. Decides nothing.
 A repeat (same or older attempt, step already seen) is dropped. A set-back (attempt raised, step
 not above the last) cuts back to the restored step: abandoned steps are not learned from. A hole
 (steps that never arrived) restarts `contiguous_steps`; steps from before it stay as memory, but
-no curve is fitted across it.
+no curve is fitted across it. Beside a twin (trainer_node/control_twin.py) the steps of a trial are set back
+and come back if it is kept: what is set back for steps on trial is put aside until the verdict.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from common import features
-from common.messages import Observation, Phase
+from common.messages import Observation, Outcome, Phase, Verdict
 
 LIMIT_STEPS = 512  # two windows of 256; a longer window is fitted on its newest steps
 _LOSS = features.INDEX["loss"]
@@ -41,6 +42,8 @@ class History:
     resuming: bool = False  # the next observation may carry any attempt
     missing_steps: int = 0  # steps skipped at holes
     repeats: int = 0  # observations dropped because they were known
+    # Steps that were set back for others on trial. No state is saved before the verdict.
+    aside: tuple[Row, ...] = ()
 
     @property
     def last(self) -> Row | None:
@@ -73,11 +76,30 @@ class History:
             rows=(*rows[-(LIMIT_STEPS - 1) :], row),
             missing_steps=self.missing_steps + missing_steps,
             repeats=self.repeats,
+            aside=self._aside(observation),
         )
+
+    def _aside(self, observation: Observation) -> tuple[Row, ...]:
+        if observation.phase is not Phase.CORRECT:
+            return ()
+        return tuple(row for row in self.rows if row.step >= observation.step) or self.aside
+
+    def after(self, outcome: Outcome) -> History:
+        """Where the run goes on from the end of what was put aside, that comes back: what was seen since is
+        undone."""
+        last, is_kept = self.last, outcome.verdict is Verdict.ACCEPTED
+        stands = outcome.base_step + (outcome.probation_steps if is_kept else 0)
+        is_back = last is not None and outcome.lost_steps > 0 and outcome.attempt > last.attempt
+        if not is_back or not self.aside or self.aside[-1].step != stands:
+            return self
+        first = self.aside[0]
+        before = (row for row in self.rows if row.step < first.step and row.attempt <= first.attempt)
+        again = (replace(row, attempt=outcome.attempt) for row in self.aside)
+        return replace(self, rows=(*before, *again)[-LIMIT_STEPS:], aside=())
 
     def resume_at(self, step: int) -> History:
         """The history of a run that goes on behind `step`; what lies beyond is forgotten."""
-        return replace(self, rows=_through(self.rows, step), resuming=True)
+        return replace(self, rows=_through(self.rows, step), resuming=True, aside=())
 
     def fitted_rows(self, count: int) -> tuple[Row, ...]:
         """The newest rows, at most `count`, none from before the last hole."""

@@ -175,6 +175,7 @@ class Predictor:
         if message.decision_id != self._last_outcome_id:
             if self._policy is not None:
                 self._policy.settle(message)
+            self._history = self._history.after(message)
             self._count(message.verdict.value)
             self._last_outcome_id = message.decision_id
 

@@ -6,7 +6,8 @@
     settle    an accepted change stays in force; the trial teaches
 
 A trial of rate or batch has two legs (trainer_node/control_twin.py): the steps with it, and from the same
-weights, one attempt later, those of the run without it. The second is no rollback.
+weights, one attempt later, those of the run without it. The second is no rollback. One that begins at the
+first weights (trainer_node/first_weights.py) has its own steps alone, one attempt later and from step 1.
 
 Never two trials at once, never a change that control_rules.breach objects to, never one whose switch is off.
 A function of the messages alone; all that later proposals depend on is in `state()`. Knows no weights.
@@ -27,7 +28,14 @@ from common.trial_seen import is_kept
 from predictor_node.batch_law import StepTimes
 from predictor_node.control_arms import Candidate, Situation, candidates, due, urgent
 from predictor_node.control_trials import ControlTrials, Trial
-from predictor_node.controls_in_force import InForce, agree, in_force_from_json, told_by, told_controls
+from predictor_node.controls_in_force import (
+    InForce,
+    agree,
+    begun_with,
+    in_force_from_json,
+    told_by,
+    told_controls,
+)
 from predictor_node.evidence import LEVEL_STEPS, TREND_STEPS, Evidence, evidence_of, fastest_fall
 from predictor_node.fixed_policy import FITTED_WINDOWS, MAX_FITTED_STEPS
 from predictor_node.forecast import LossCurve, fit_loss_curve
@@ -58,15 +66,16 @@ class Pilot:
         tried_with = self._tried_with(observation)
         if self._attempt >= 0 and observation.attempt > self._attempt and tried_with is None:
             self._rolled_back = True
-        if observation.step <= self._step:
+        if observation.step <= self._step and tried_with is None:
             self.in_force = self.in_force.set_back(observation.step - 1)
         self._attempt, self._step = max(self._attempt, observation.attempt), observation.step
         if tried_with is None:
             self._believe(observation, is_first=is_first)
         controls = tried_with or self.in_force.controls
         trial = self.trials.open
-        if tried_with is not None and trial is not None and observation.attempt == trial.attempt:
-            self.trials.open = trial.stepped(observation.features[_SECONDS])
+        if tried_with is not None and trial is not None and tried_with == trial.controls:
+            is_return = observation.attempt > trial.attempt
+            self.trials.open = trial.stepped(observation.features[_SECONDS], is_return=is_return)
         self.times.observe(controls, observation.features[_SECONDS])
         self.trials.stepped(controls.batch_factor)
 
@@ -77,8 +86,10 @@ class Pilot:
             return None
         if observation.attempt == trial.attempt:
             return trial.controls
-        is_second = observation.attempt == trial.attempt + 1 and is_beside_twin(trial.controls, trial.before)
-        return trial.before if is_second else None
+        if observation.attempt != trial.attempt + 1 or not is_beside_twin(trial.controls, trial.before):
+            return None
+        told = told_controls(observation, self._settings.trainer, trial.controls)
+        return trial.controls if agree(told, trial.controls) else trial.before
 
     def _believe(self, observation: Observation, *, is_first: bool) -> None:
         """What the step was taken with is in force, whoever asked for it and whatever was heard of it."""
@@ -95,13 +106,16 @@ class Pilot:
         if trial is None:
             return False
         if is_kept(outcome):
-            kept_step = trial.base_step + outcome.probation_steps
-            if not is_beside_twin(
-                trial.controls, trial.before
-            ):  # behind a twin it goes on from the trial's end
-                kept_step = max(self._step, kept_step)
-            self.in_force = self.in_force.kept(trial.controls, base_step=trial.base_step, kept_step=kept_step)
+            self._keep(trial, trial.base_step + outcome.probation_steps)
         return True
+
+    def _keep(self, trial: Trial, kept_step: int) -> None:
+        if trial.is_return:
+            self.in_force = begun_with(trial.controls)
+            return
+        if not is_beside_twin(trial.controls, trial.before):  # behind a twin it goes on from the trial's end
+            kept_step = max(self._step, kept_step)
+        self.in_force = self.in_force.kept(trial.controls, base_step=trial.base_step, kept_step=kept_step)
 
     # ---- what is proposed ----------------------------------------------------------------------
 

@@ -6,13 +6,15 @@
 
 No forecast is asked: over some steps of a curved loss it was wrong by more than a rate makes
 (docs/lab-log.md, 2026-11-22). Both are measured on the guard batches with the mean of their weights
-(leg_mean.py). Other trials (context, tail, read-out) and jumps are judged in jump.py. Moves weights only to
-and from snapshots.
+(leg_mean.py). A lower rate of a run that has learned nothing begins at the first weights instead
+(first_weights.py). Other trials (context, tail, read-out) and jumps are judged in jump.py. Moves weights only
+to and from snapshots.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import replace
 from functools import partial
 
@@ -67,7 +69,7 @@ def begin_twin(tools: JumpTools, jump: Jump, progress: Progress, settings: Train
 
 def _begin(tools: JumpTools, jump: Jump, progress: Progress, most_steps: int) -> Outcome | None:
     assert jump.snapshot is not None, "a twin needs a way back"
-    loss = _mean_loss(tools, jump)
+    loss = mean_loss(tools, jump)
     with tools.ledger.span(purposes.SNAPSHOTS) as moving:
         store = tools.store.another()
         end = take_snapshot(tools, store)
@@ -105,7 +107,8 @@ def twin_steps(tools: JumpTools, jump: Jump, trial_seconds: list[float]) -> int:
     equal_data, ordinary_seconds = len(trial_seconds) * change, jump.outcome.full_step_seconds
     if change == 1.0 or tools.basis.split.ranks.size > 1 or ordinary_seconds <= 0.0:
         return round(equal_data)
-    equal_time = sum(trial_seconds) / ordinary_seconds
+    # The median: a single compilation for the new shape is not what such a batch costs.
+    equal_time = len(trial_seconds) * statistics.median(trial_seconds) / ordinary_seconds
     return round(min(LONGEST_TWIN * equal_data, max(equal_data / LONGEST_TWIN, equal_time)))
 
 
@@ -118,7 +121,7 @@ def finish_twin(tools: JumpTools, jump: Jump) -> Outcome:
 def _finish(tools: JumpTools, jump: Jump) -> Outcome:
     twin = jump.twin
     assert twin is not None, "a twin is finished that was not begun"
-    wanted, loss_without, before = jump.decision.controls, _mean_loss(tools, jump), jump.outcome
+    wanted, loss_without, before = jump.decision.controls, mean_loss(tools, jump), jump.outcome
     keeps = is_better_than_twin(
         loss_before=before.loss_before,
         loss_with=before.loss_end,
@@ -126,13 +129,14 @@ def _finish(tools: JumpTools, jump: Jump) -> Outcome:
         spread=jump.guard_spread,
         is_way_out=wanted is not None and wanted.rate_factor < jump.controls_before.rate_factor,
     )
-    lost = jump.take_leg() if keeps else twin.trial
-    jump.lost_passes, restore_seconds = lost.step_passes, 0.0
+    restore_seconds = 0.0
     if keeps:
         with tools.ledger.span(purposes.SNAPSHOTS) as restoring:
-            twin.end.restore()
+            twin.end.restore()  # memory may run out: the leg is taken behind it
         restore_seconds = restoring.seconds
         jump.guard.forget_level()  # the mean's losses are none of the weights'
+    lost = jump.take_leg() if keeps else twin.trial
+    jump.lost_passes = lost.step_passes
     return replace(
         jump.outcome,
         verdict=Verdict.ACCEPTED if keeps else Verdict.REFUSED,
@@ -157,7 +161,7 @@ def place_after(jump: Jump, verdict: Verdict) -> Progress | None:
     return jump.before_it if is_undone else None
 
 
-def _mean_loss(tools: JumpTools, jump: Jump) -> float:
+def mean_loss(tools: JumpTools, jump: Jump) -> float:
     """Nats on the guard batches, of the mean of the leg that has ended."""
     assert jump.mean is not None, "a leg without its mean"
     with tools.ledger.span(purposes.CHECKS, passes=tools.check_passes) as check, jump.mean.in_place():

@@ -16,7 +16,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from common.control_rules import trial_steps
 from common.messages import APPLIED_VERDICTS, MemoryAction, Message, Outcome, Phase, PhaseDecision, Verdict
 from common.settings import TrainerSettings
 from trainer_node import phases
@@ -24,9 +23,9 @@ from trainer_node.basis import Basis
 from trainer_node.before_jump import before_jump, outcome_without_jump
 from trainer_node.control_twin import begin_twin, end_ruined_trial, finish_twin, has_twin, place_after
 from trainer_node.correct import correct_jump
-from trainer_node.decision import ask
+from trainer_node.decision import ask, trial_steps_of
 from trainer_node.delta import forecaster_of
-from trainer_node.featurize import note_outcome
+from trainer_node.first_weights import FirstWeights
 from trainer_node.groups import ParameterGroup
 from trainer_node.jump import abort_jump, fail_jump, finish_jump, start_jump
 from trainer_node.ledger import Ledger
@@ -38,13 +37,7 @@ from trainer_node.memory_state import MemoryState
 from trainer_node.observer import Observer
 from trainer_node.out_of_memory import OutOfMemory
 from trainer_node.prediction import Prediction, PredictionParts
-from trainer_node.progress import (
-    Progress,
-    facts_later,
-    first_progress,
-    is_over,
-    phase_rules,
-)
+from trainer_node.progress import Progress, facts_later, first_progress, is_over, phase_rules
 from trainer_node.step_taken import StepAccount, StepTaken
 from trainer_node.tasks import Task
 from trainer_node.trial import Jump, JumpTools, jump_tools
@@ -79,6 +72,7 @@ class Cycle:
         self.memory, self.guard_loss, self.report = memory, guard_loss, report
         self.rules = phase_rules(settings)
         self.progress = first_progress(self.rules)
+        self.first_weights = FirstWeights(settings, self.progress)
         self.stop_requested = False
         self._steps = steps
         self._tell = partial(tell_shortage, self, report)
@@ -114,6 +108,7 @@ class Cycle:
         return True
 
     def expect_step(self) -> None:
+        self.first_weights.take(self.prediction.tools, self.progress)
         self._observer.expect_step(self.progress)
 
     def note_step(self, taken: StepTaken) -> OutOfMemory | None:
@@ -146,6 +141,11 @@ class Cycle:
         """No jump is on probation and no decision is due: the state is complete and may be saved."""
         return self._jump is None and not self.progress.phase.is_decision_point
 
+    def prepare_checkpoint(self) -> None:
+        """Its resume would be from there, not from a return: there is none from here on."""
+        self.first_weights.drop()
+        self.settle_observations()
+
     def settle_observations(self) -> None:
         """Wait for the numbers of all steps taken: before the state is saved."""
         self._observer.tell(self.progress, wait=True)
@@ -166,7 +166,9 @@ class Cycle:
     def _decide(self) -> None:
         """At a decision point: ask, check, and jump or go on with a window."""
         progress = self.progress
-        if not self._observer.can_propose(progress):
+        can_propose = self._observer.can_propose(progress)
+        self.first_weights.look(self.prediction.tools, progress if can_propose else None)
+        if not can_propose:
             progress.phase = phases.after_decision(progress.phase, None, self.rules)
             self._begin_window()
             return
@@ -181,31 +183,30 @@ class Cycle:
 
     def _take(self, decision: PhaseDecision, waiting_seconds: float) -> None:
         """A decision without objection: onto probation, or on with a window if it is over at once."""
-        progress = self.progress
+        progress, asked = self.progress, decision.next_window_steps
         try:
             forecaster = forecaster_of(self.tools.basis, decision)
         except ValueError:
             malformed = outcome_without_jump(progress, decision, Verdict.MALFORMED, waiting_seconds)
-            self._go_on(malformed, decision.next_window_steps)
+            self._go_on(malformed, asked)
             return
-        undo = progress.copy()
-        before = before_jump(progress, waiting_seconds, decision.controls)
+        undo, before = progress.copy(), before_jump(progress, waiting_seconds, decision.controls)
         jump = start_jump(self.tools, decision, before, forecaster)
         if isinstance(jump, Outcome):
-            self._go_on(jump, decision.next_window_steps)
+            self._go_on(jump, asked)
         else:
             self._jump, jump.undo = jump, undo
-            steps = trial_steps(decision.controls or progress.controls, progress.controls, self.settings)
+            steps = trial_steps_of(decision, progress.controls, self.settings)
             jump.mean = LegMean(self.tools.basis.parameters, steps) if has_twin(jump) else None
             progress.controls = decision.controls or progress.controls
             self.report(self, "predict")  # now that there is a snapshot
             progress.phase = phases.after_decision(
-                progress.phase,
-                decision.decision_id,
-                self.rules,
-                next_window_steps=decision.next_window_steps,
-                trial_steps=steps,
+                progress.phase, decision.decision_id, self.rules, next_window_steps=asked, trial_steps=steps
             )
+            if self.first_weights.are_wanted_by(jump):
+                self.progress, failed = self.first_weights.begin(self.tools, jump, progress)
+                if failed is not None:
+                    self._settle(failed)
 
     def _go_on(self, outcome: Outcome, next_window_steps: int = 0) -> None:
         """Past a decision point, into a window."""
@@ -218,7 +219,9 @@ class Cycle:
     def _judge(self) -> None:
         """The end of a probation; of a trial that has a twin, the beginning or the end of that."""
         jump, tried = self.on_probation, self.progress
-        if jump.twin is not None:
+        if jump.is_return:
+            self._settle(self.first_weights.finish(self.tools, jump))
+        elif jump.twin is not None:
             self._settle(finish_twin(self.tools, jump))
         elif not has_twin(jump):
             self._settle(finish_jump(self.tools, jump))
@@ -248,12 +251,7 @@ class Cycle:
         """`lost_passes`: forward-equivalents of the steps that were undone."""
         self.ledger.note(outcome)
         if outcome.verdict in APPLIED_VERDICTS:
-            note_outcome(
-                self.progress.features,
-                outcome,
-                window_steps=self.settings.window_steps,
-                lost_passes=lost_passes,
-            )
+            self.progress.note(outcome, window_steps=self.settings.window_steps, lost_passes=lost_passes)
         self.emit(outcome)
 
     # ---- where memory runs out ---------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from common.control_rules import trial_steps
 from common.messages import Alert, Controls, PhaseDecision, Verdict
+from common.settings import TrainerSettings
 from common.streams import TRAINER
 from trainer_node import ledger as purposes
 from trainer_node import phases
@@ -40,7 +41,7 @@ def ask(
         fingerprint,
         loop.basis.num_groups,
         steps_left=steps_left(wanted, settings, progress.clock),
-        trial_steps=trial_steps(wanted, progress.controls, settings),
+        trial_steps=trial_steps_of(decision, progress.controls, settings),
     )
     verdict = phases.objection(
         decision,
@@ -56,6 +57,14 @@ def ask(
             Alert(node=TRAINER, severity="warning", kind="controls_refused", text=text, step=progress.step)
         )
     return decision, verdict, waiting.seconds
+
+
+def trial_steps_of(decision: PhaseDecision | None, now: Controls, settings: TrainerSettings) -> int:
+    """Real steps until it is judged; 0 = the probation as configured. A jump's forecast is for that, whatever
+    else it changes."""
+    if decision is None or decision.controls is None or not phases.is_of_controls(decision):
+        return 0
+    return trial_steps(decision.controls, now, settings)
 
 
 def _controls_wanted(loop: Cycle, decision: PhaseDecision | None) -> tuple[str, Controls]:

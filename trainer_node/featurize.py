@@ -125,7 +125,8 @@ def note_outcome(state: FeatureState, outcome: Outcome, *, window_steps: int, lo
     state.last_gain_spreads = max(-100.0, min(100.0, gain / outcome.loss_spread)) if finite else 0.0
     state.last_delta_norm = outcome.delta_norm if math.isfinite(outcome.delta_norm) else 0.0
     state.last_cosine = outcome.delta_cosine if math.isfinite(outcome.delta_cosine) else 0.0
-    state.guard_loss = outcome.loss_end if kept else outcome.loss_before
+    is_of_weights = kept and not outcome.lost_steps  # beside a twin it is that of averaged ones
+    state.guard_loss = outcome.loss_end if is_of_weights else outcome.loss_before
     state.virtual_steps += outcome.horizon_steps if kept else 0
     state.attempts = outcome.attempt
     state.lost_passes += lost_passes

@@ -83,7 +83,7 @@ class Housekeeping:
             self._next_evaluation_step = step + loop.settings.evaluate_every_steps
             self.evaluate(loop)
         if self._is_checkpoint_due(loop):
-            is_sound = self._spikes.is_sound(loop)
+            is_sound = self._spikes.is_sound(loop) and not loop.first_weights.may_help(loop.progress)
             self._next_checkpoint_step = step + (self._checkpoint_steps(loop) if is_sound else CHECK_STEPS)
             if is_sound:
                 self.save(loop)
@@ -207,7 +207,7 @@ class Housekeeping:
             return False
         with loop.ledger.span(purposes.CHECKPOINTS) as saving:
             self._checkpoints.wait()  # it may yet take the name of the best one back
-            loop.settle_observations()
+            loop.prepare_checkpoint()
             former_best = self._checkpoints.best_name
             if self.last_loss < self.best_loss:
                 # Before it is saved: it must know of itself when the run is resumed from it.

@@ -16,8 +16,11 @@ phases.py's.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+
+from torch import Tensor
 
 from common.errors import EnvironmentFault
 from common.messages import Outcome, PhaseDecision, Verdict
@@ -77,11 +80,15 @@ def _no_delta(tools: JumpTools) -> AppliedDelta:
     return AppliedDelta(0.0, tools.basis.empty_sample(), tools.basis.empty_sample())
 
 
-def take_snapshot(tools: JumpTools, store: TensorStore) -> Snapshot | None:
-    """None without room for it, on the host, the disk or the device: nothing has changed then."""
+def take_snapshot(
+    tools: JumpTools, store: TensorStore, *, also: Callable[[], Sequence[Tensor]] = tuple
+) -> Snapshot | None:
+    """With what `also` names. None without room for it, on the host, the disk or the device: nothing has
+    changed then.
+    """
 
     def take() -> Snapshot:
-        extra = [*tools.basis.averages.moving_tensors(), *tools.kept_with_weights()]
+        extra = [*tools.basis.averages.moving_tensors(), *tools.kept_with_weights(), *also()]
         return Snapshot(
             store,
             tools.basis.parameters,

@@ -89,6 +89,7 @@ class Loop(Cycle):
         """
         with self._observer.probe, ExitStack() as at_the_end:
             at_the_end.callback(self.prediction.close_store)
+            at_the_end.callback(self.first_weights.drop)
             try:
                 self._run()
             except MemoryExhausted:

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 from common.control_rules import NEUTRAL, context_of, schedule_of
-from common.messages import DIRECTIONS, Controls, Phase
+from common.messages import DIRECTIONS, Controls, Outcome, Phase
 from common.schedule import decay_start_step
 from common.settings import TrainerSettings
 from trainer_node.controls import StepPlan, betas_of, plan_step, steps_left
-from trainer_node.featurize import FeatureState, StepFacts
+from trainer_node.featurize import FeatureState, StepFacts, note_outcome
 from trainer_node.phases import PhaseRules, PhaseState, Position, first_state
 from trainer_node.spikes import CLEAR_STEPS
 from trainer_node.step_taken import StepTaken
@@ -56,6 +56,11 @@ class Progress:
         self.extra_steps += taken.nominal_steps - 1
         self.extra_data_steps += taken.nominal_steps - 1
 
+    def note(self, outcome: Outcome, *, window_steps: int, lost_passes: float) -> None:
+        """Of an applied proposal. After a return the run stands before where it was made."""
+        note_outcome(self.features, outcome, window_steps=window_steps, lost_passes=lost_passes)
+        self.features.jump_step = min(self.step, outcome.base_step)
+
     @property
     def rollbacks_next(self) -> int:
         """In a row, if the run were rolled back now."""
@@ -72,6 +77,21 @@ class Progress:
     def after_restore(self, former: Progress, attempt: int) -> Progress:
         """`former`, set back to, with what was learned since: the new attempt and the guard's noise."""
         return replace(former, attempt=attempt, guard=self.guard)
+
+    def returned_to(self, first: Progress, *, attempt: int) -> Progress:
+        """`first`, before any step, as a new attempt in this phase and with these controls."""
+        features, spent = first.features.copy(), self.features
+        features.attempts = attempt
+        features.lost_passes, features.check_passes = spent.lost_passes, spent.check_passes
+        features.all_passes = spent.all_passes
+        return replace(
+            first.copy(),
+            attempt=attempt,
+            phase=self.phase,
+            features=features,
+            guard=self.guard,
+            controls=self.controls,
+        )
 
     def after_rollback(self, former: Progress, *, step_passes: float) -> Progress:
         """`former`, of a checkpoint, as a new attempt behind all batches that were used since.
@@ -237,7 +257,9 @@ def step_facts(
     beta1, beta2 = betas_of(controls, settings)
     window_steps = state.window_steps or settings.window_steps
     lengths = {Phase.WARMUP: settings.statistics_steps, Phase.FULL: window_steps}
-    phase_steps = lengths.get(state.phase, settings.probation_steps)
+    phase_steps = max(
+        lengths.get(state.phase, settings.probation_steps), state.steps_left
+    )  # a trial is longer
     return StepFacts(
         phase=state.phase,
         phase_steps_done=phase_steps - state.steps_left + 1,

@@ -157,6 +157,7 @@ class Jump:
     undo: Progress | None = None  # as it stood before
     mean: LegMean | None = None  # of the steps now, where the trial is judged beside a twin
     twin: Twin | None = None
+    is_return: bool = False  # it began at the first weights (first_weights.py)
 
     def took_step(self, seconds: float, passes: float) -> OutOfMemory | None:
         """A real step of the probation. Without memory for its mean it cannot be judged."""

@@ -40,7 +40,7 @@ class Phase(enum.Enum):
 
 class Verdict(enum.Enum):
     ACCEPTED = "accepted"  # survived probation: the jump is kept
-    REFUSED = "refused"  # worse than the no-jump forecast after probation: restored
+    REFUSED = "refused"  # after probation worse than the no-jump forecast, or than a twin: restored
     RUINED = "ruined"  # non-finite or beyond the ruin bound at once: restored
     ABORTED = "aborted"  # the run was stopped during probation: restored
     REST = "rest"  # the predictor chose FULL
@@ -164,13 +164,13 @@ class Outcome:
     horizon_steps: int
     loss_before: float  # nats on the guard batches; NaN if not measured
     loss_after: float  # at once after the jump
-    loss_end: float  # at the end of probation
-    loss_forecast: float  # at the end of probation, had there been no jump
+    loss_end: float  # at the end of probation (another rate or batch: see docs/messages.md)
+    loss_forecast: float  # at the end of probation, had there been no jump; of a twin: measured
     loss_spread: float  # one standard deviation of that
     delta_norm: float  # L2 over all groups
     delta_cosine: float  # sampled cosine of the delta to the displacement of the probation; NaN if unknown
     probation_steps: int  # real steps taken on probation
-    lost_steps: int  # of these, undone by a restore
+    lost_steps: int  # undone by a restore: of these, or of a twin that was run beside them
     passes: float  # forward-equivalents of checks and undone steps
     waiting_seconds: float  # for the decision
     snapshot_seconds: float

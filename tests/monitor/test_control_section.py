@@ -92,6 +92,8 @@ def test_the_trial_that_is_under_way_is_named_and_counts_as_in_force() -> None:
     page = page_of(fake.started(batch=True), fake.observation(16), asked, *probation)
     assert page["controls"]["on_trial"] == "batch ×2"
     assert page["controls"]["batch_factor"] == 2.0
+    late = [fake.observation(step, batch=2.0, phase=m.Phase.CORRECT) for step in range(17, 48)]
+    assert page_of(fake.started(batch=True), fake.observation(16), asked, *late)["controls"]["on_trial"]
     not_begun = page_of(fake.started(batch=True), fake.observation(16), asked, fake.observation(17))
     assert not_begun["controls"]["on_trial"] is None
     after = page_of(

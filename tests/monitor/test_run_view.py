@@ -105,6 +105,25 @@ def test_steps_are_undone_where_the_trainer_says_so_and_nowhere_else(verdict: V,
     assert view.lost_steps == lost_steps
 
 
+@pytest.mark.parametrize(
+    ("verdict", "attempt", "lost_steps", "step", "train"),
+    [(V.ACCEPTED, 2, 12, 32, (16, 2.0)), (V.REFUSED, 1, 16, 28, (28, 3.0))],
+)
+def test_beside_a_twin_the_run_stands_where_the_better_one_ended(
+    verdict: V, attempt: int, lost_steps: int, step: int, train: tuple[int, float]
+) -> None:
+    """The twin's steps stay on the curve if it goes on; those of a trial that is kept were cut off before."""
+    steps = [fake.observation(step, 2.0) for step in range(1, 17)]
+    tried = [fake.observation(step, 9.0, phase=m.Phase.CORRECT) for step in range(17, 33)]
+    twin = [replace(fake.observation(step, 3.0, phase=m.Phase.CORRECT), attempt=1) for step in range(17, 29)]
+    made = replace(fake.outcome(16, verdict, 0), probation_steps=16, lost_steps=lost_steps, attempt=attempt)
+    asked = fake.decision(16, 0, loss=9.0)
+    view = fold(fake.started(), *steps, asked, *tried, *twin, made)
+    assert (view.step, view.lost_steps, view.curves.train.points()[-1]) == (step, lost_steps, train)
+    next_step = replace(fake.observation(step + 1, 9.0), attempt=attempt)
+    assert "prediction_error" not in fold(next_step, view=view).divergence.kinds  # not held against the twin
+
+
 def test_a_rollback_takes_its_steps_off_the_curves() -> None:
     told = [fake.observation(step, 4.0) for step in (1, 2, 3, 4)]
     again = [replace(fake.observation(step, 3.0), attempt=1) for step in (3, 4)]

@@ -259,6 +259,9 @@ def test_steps_of_an_undone_probation_are_told_from_kept_ones() -> None:
     ]  # fmt: skip
     undone = [i for i, (_, kept) in enumerate(_lanes(lived)) if not kept]
     assert undone == [2]
+    for verdict, worse in (("accepted", [2]), ("refused", [1]), ("aborted", [1, 2])):
+        beside_twin = [span("predict", verdict), span("correct"), span("correct"), span("full")]
+        assert [i for i, (_, kept) in enumerate(_lanes(beside_twin)) if not kept] == worse
 
 
 def test_the_evidence_of_a_race_lies_beside_its_report(finished: tuple[Path, Report]) -> None:

@@ -59,6 +59,18 @@ def test_phases_are_told_in_the_order_in_which_they_were_lived(verdict, undone, 
     assert list(trace.phases()) == before + after
 
 
+def test_a_trial_and_its_twin_are_one_proposal() -> None:
+    trace = Trace()
+    steps_of(trace, 5, 10, Phase.FULL)
+    for attempt in (0, 1):
+        steps_of(trace, 11, 14, Phase.CORRECT, attempt=attempt)
+    trace.see(outcome(decision(10), Verdict.ACCEPTED, 2))
+    steps_of(trace, 15, 20, Phase.FULL, attempt=2)
+    tried = [span("correct", 11, 14)] * 2
+    proposed = [span("full", 5, 10), span("predict", 10, 10, "accepted"), *tried, span("full", 15, 20)]
+    assert list(trace.phases()) == proposed
+
+
 def test_verdicts_that_move_no_weight_leave_no_span() -> None:
     trace = Trace()
     steps_of(trace, 1, 4, Phase.FULL)

@@ -275,7 +275,7 @@ def test_a_shortage_in_the_update_on_probation_goes_back_to_before_the_jump() ->
 
 
 JUMP_PLACES = {
-    "snapshot": ("_take_snapshot", "_add_bytes"),  # else room for the copies, which are on the host
+    "snapshot": ("take_snapshot", "_add_bytes"),  # else room for the copies, which are on the host
     "first check": ("_look",),
     "directions": ("_look_and_leap", "linear_deltas"),
     "second check": ("_move_and_check", "_guard_loss"),

@@ -68,11 +68,16 @@ def _run_with_phases(figures: RaceFigures) -> RunResult | None:
 
 
 def _lanes(phases: Sequence[PhaseSpan]) -> list[tuple[PhaseSpan, bool]]:
-    """(span, whether its steps were kept): a probation is undone with the jump before it."""
+    """(span, whether its steps were kept): a probation is undone with the jump before it.
+
+    Two probations in a row are a trial of controls and its twin: one of them is undone.
+    """
     lanes, jump = [], ""
-    for span in phases:
-        undone = span.phase == "correct" and jump not in ("", "accepted")
-        lanes.append((span, not undone))
+    for place, span in enumerate(phases):
+        after = phases[place + 1].phase if place + 1 < len(phases) else ""
+        before = phases[place - 1].phase if place else ""
+        kept_with = ("refused",) if before == "correct" else ("accepted",) if after == "correct" else None
+        lanes.append((span, span.phase != "correct" or jump in (kept_with or ("", "accepted"))))
         jump = span.verdict if span.phase == "predict" else jump if span.phase == "correct" else ""
     return lanes
 

@@ -67,15 +67,18 @@ class Trace:
             self._spans.append(_span(phase, message.step, message.step))
 
     def _see_jump(self, outcome: Outcome) -> None:
-        """Told at its end: the jump goes before the steps of its probation."""
+        """Told at its end: the jump goes before the steps of its probation, and before those of a twin."""
         base_step = outcome.base_step
         if outcome.verdict is Verdict.ACCEPTED:
             self._kept_jumps.append(base_step)
-        last = self._spans[-1] if self._spans else None
         place = len(self._spans)
-        if last is not None and last.phase == Phase.CORRECT.value and last.first_step == base_step + 1:
+        while place and _is_leg(self._spans[place - 1], base_step):
             place -= 1
         self._spans.insert(place, _span(Phase.PREDICT.value, base_step, base_step, outcome.verdict))
+
+
+def _is_leg(span: PhaseSpan, base_step: int) -> bool:
+    return span.phase == Phase.CORRECT.value and span.first_step == base_step + 1
 
 
 def _span(phase: str, first_step: int, last_step: int, verdict: Verdict | None = None) -> PhaseSpan:
