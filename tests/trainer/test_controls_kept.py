@@ -35,11 +35,18 @@ from tests.trainer.test_rollback import Rotten
 from tests.trainer.tiny import same_bits, weights_of
 from trainer_node import checkpoint
 from trainer_node.checkpoint import Checkpoints
+from trainer_node.first_weights import FirstWeights
 from trainer_node.housekeeping import Housekeeping
 from trainer_node.loop import Loop
 from trainer_node.memory_orders import carry_out
 
 __all__ = ["judged", "text_job"]  # fixtures
+
+
+@pytest.fixture(autouse=True)
+def saves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No checkpoint waits for the run to learn something (test_first_weights.py)."""
+    monkeypatch.setattr(FirstWeights, "may_help", lambda *_: False)
 
 
 class Killed(BaseException):

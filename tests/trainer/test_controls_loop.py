@@ -24,6 +24,7 @@ from tests.trainer.tiny import ScriptedLinks, same_bits, tiny_loop, tiny_setting
 from trainer_node import checkpoint, cycle, jump, real_step
 from trainer_node.checkpoint import Checkpoints
 from trainer_node.data import Batch
+from trainer_node.first_weights import FirstWeights
 from trainer_node.housekeeping import Housekeeping
 from trainer_node.links import RecordedDecisions
 from trainer_node.loop import Loop
@@ -77,6 +78,12 @@ def run(answer, *overrides: str, **options) -> tuple[Loop, ScriptedLinks]:
 def undisturbed() -> list[torch.Tensor]:
     """Weights of a run with all switches on that nobody proposes anything to."""
     return weights_of(run(lambda _: None)[0])
+
+
+@pytest.fixture(autouse=True)
+def saves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No checkpoint waits for the run to learn something (test_first_weights.py)."""
+    monkeypatch.setattr(FirstWeights, "may_help", lambda *_: False)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.messages import Controls, Observation, Outcome, Phase, PhaseDecision, Verdict
+from common.messages import CheckpointWritten, Controls, Observation, Outcome, Phase, PhaseDecision, Verdict
 from tests.trainer.test_controls_loop import (
     DROPOUT,
     FIRST,
@@ -27,6 +27,7 @@ from trainer_node.checkpoint_reading import load
 from trainer_node.first_weights import (
     LEARNED_SHARE,
     LEVEL_STEPS,
+    WAIT_WINDOWS,
     FirstWeights,
     has_learned,
     is_below_first,
@@ -199,8 +200,26 @@ def test_with_its_switch_off_nothing_is_kept(off: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("never_learns")
-def test_behind_a_checkpoint_there_is_no_return_and_no_store(tmp_path) -> None:
+def test_a_checkpoint_waits_while_a_return_may_help_but_not_for_ever(tmp_path) -> None:
+    loop, links = looped(script({}), *HOT)
+    checkpoints = Checkpoints(tmp_path, keep=99, on_failure=print)
+    keeper = Housekeeping(links.emit, checkpoints)
+    loop._housekeeping = keeper
+    keeper.begin(loop)  # every 10 steps
+    loop.run()
+    checkpoints.close()
+    first = min(written.step for written in links.of(CheckpointWritten))
+    waits_steps = loop.settings.statistics_steps + WAIT_WINDOWS * loop.settings.window_steps
+    assert waits_steps <= first < loop.progress.step
+    assert not loop.first_weights.are_held
+
+
+@pytest.mark.usefixtures("never_learns")
+def test_behind_a_checkpoint_there_is_no_return_and_no_store(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A resume would begin within what was left."""
+    monkeypatch.setattr(FirstWeights, "may_help", lambda *_: False)
     checkpoints = Checkpoints(tmp_path, keep=3, on_failure=print)
     keeper = Housekeeping(lambda _: None, checkpoints)
     loop, links = looped(script({FIRST: LOWER}), *HOT, housekeeping=keeper)
