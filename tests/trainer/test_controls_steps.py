@@ -17,6 +17,7 @@ from tests.trainer.test_controls_loop import (
     judged,
     of_controls,
     run,
+    saves_at_once,
     script,
     undisturbed,
     verdicts,
@@ -27,7 +28,7 @@ from trainer_node import real_step
 from trainer_node.controls import betas_of
 from trainer_node.optim.moments import follow_batch
 
-__all__ = ["judged"]  # a fixture
+__all__ = ["judged", "saves_at_once"]  # fixtures
 ADAMW = "trainer.optimizer.name=adamw"
 BETAS = "trainer.controls.batch_betas=true"
 KNOWN = INDEX["has_noise_scale"]
