@@ -123,9 +123,8 @@ def up(
         return _show_plan(settings)
     from trainer_node.up import start_run
 
-    raise click.exceptions.Exit(
-        start_run(settings, run_id=_run_id(run_id, preset, config_file), runs_dir=runs_dir)
-    )
+    chosen_id, is_named = _run_id(run_id, preset, config_file), run_id is not None
+    raise click.exceptions.Exit(start_run(settings, run_id=chosen_id, runs_dir=runs_dir, is_named=is_named))
 
 
 @cli.command()

@@ -6,6 +6,7 @@ checkpoints/trainer/  checkpoints/predictor/  logs/  tensorboard/
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from dataclasses import dataclass
@@ -85,6 +86,24 @@ def check_run_id(run_id: str) -> None:
             f"run id {run_id!r}: use 1 to 64 letters, digits, dots, dashes or underscores,"
             " beginning with a letter or digit"
         )
+
+
+def create_next(runs_dir: Path, run_id: str, settings: RunSettings) -> RunFolder:
+    """As `create`, in a folder that was not there: of two runs of the same second the second one is -2.
+
+    Raises UserError and EnvironmentFault as `create` does.
+    """
+    check_run_id(run_id)
+    for number in itertools.count(1):
+        name = run_id if number == 1 else f"{run_id}-{number}"
+        try:
+            (runs_dir / name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:
+            pass  # `create` says what is wrong
+        break
+    return create(runs_dir, name, settings)
 
 
 def create(runs_dir: Path, run_id: str, settings: RunSettings, *, again: bool = False) -> RunFolder:

@@ -25,18 +25,22 @@ from trainer_node.run_folder import RunFolder
 PAGE_START_SECONDS = 20.0
 
 
-def start_run(settings: RunSettings, *, run_id: str, runs_dir: Path) -> int:
-    """A fresh run. Returns the trainer's exit code; raises UserError before anything is written."""
+def start_run(settings: RunSettings, *, run_id: str, runs_dir: Path, is_named: bool = True) -> int:
+    """A fresh run. Returns the trainer's exit code; raises UserError before anything is written.
+
+    Not `is_named`: nobody chose the id, and where it is taken the run gets the next one.
+    """
     from trainer_node.assembly import prepare_task
     from trainer_node.dry_run import plan_line
 
     run_folder.check_run_id(run_id)
-    if run_folder.RunFolder(runs_dir / run_id).is_used:
+    if is_named and run_folder.RunFolder(runs_dir / run_id).is_used:
         run_folder.create(runs_dir, run_id, settings)  # raises, before the data are prepared
     plan = plan_line(settings)  # raises for settings that no run can have
     click.echo("preparing the data ...", err=True)
     task = prepare_task(settings.trainer)  # checks settings and data, and fills the token cache
-    run = run_folder.create(runs_dir, run_id, settings)
+    create = run_folder.create if is_named else run_folder.create_next
+    run = create(runs_dir, run_id, settings)
     click.echo(f"task   {task.description}", err=True)
     click.echo(f"memory {plan}", err=True)
     if words := plan_words(settings):
