@@ -44,8 +44,6 @@ MAX_CHANGES = 240
 MAX_ASKED = 4096  # decisions that ask for controls: few, and a monitor that starts late reads them far ahead
 MAX_OTHERS = STREAMS[DECISIONS].fuse_entries  # all that can be on the stream
 MAX_MISSED = 512
-_SECONDS_STEPS = 512
-_ORDINARY_STEPS = 64  # as many as the trainer's own median is of
 _MOST_LOG10 = 18.0
 
 _RATE = features.INDEX["log2_rate_factor"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from common.control_rules import is_beside_twin, trial_steps, words
@@ -21,8 +21,8 @@ from common.trial_seen import is_kept, seen_of, seen_words
 from common.trying import check_passes
 from predictor_node.bandit import REST, LinUCB
 from predictor_node.budget import ExplorationBudget
-from predictor_node.control_arms import BATCH, NAMES, RATE_UP, Candidate
-from predictor_node.control_reward import worth_beside_twin, worth_of
+from predictor_node.control_arms import NAMES, RATE_UP, Candidate
+from predictor_node.control_reward import worth_of
 from predictor_node.experience import TRAIN_PASSES
 from predictor_node.reward import UNDONE
 from predictor_node.tempers import TEMPERS
@@ -51,24 +51,13 @@ class Trial:
     context: tuple[float, ...]
     gain: float  # forecast
     reason: str
-    slope_nats: float  # per ordinary step without it, positive = falling
     expected_passes: float
     is_exempt: bool
-    num_steps: int = 0  # of its probation, seen so far
-    log10_seconds: float = 0.0  # their sum
     is_return: bool = False  # it began at the first weights
 
-    def stepped(self, log10_seconds: float, *, is_return: bool = False) -> Trial:
-        return replace(
-            self,
-            num_steps=self.num_steps + 1,
-            log10_seconds=self.log10_seconds + log10_seconds,
-            is_return=is_return,
-        )
-
     @property
-    def step_seconds(self) -> float:
-        return 10.0 ** (self.log10_seconds / self.num_steps) if self.num_steps else math.nan
+    def is_beside_twin(self) -> bool:
+        return is_beside_twin(self.controls, self.before)
 
 
 class ControlTrials:
@@ -139,21 +128,10 @@ class ControlTrials:
         if trial is None or trial.decision_id != outcome.decision_id:
             return None
         self.open = None
-        is_beside = is_beside_twin(trial.controls, trial.before)
-        seen, reward = (
-            worth_beside_twin(outcome, ordinary_seconds=ordinary_seconds)
-            if is_beside
-            else worth_of(
-                outcome,
-                slope_nats=trial.slope_nats,
-                step_seconds=trial.step_seconds,
-                ordinary_seconds=ordinary_seconds,
-                batch_change=trial.controls.batch_factor / trial.before.batch_factor,
-            )
-        )
-        if trial.is_exempt or kind_of(trial.arm) not in ("rate:up", "rate:down", *BATCH):
-            # Losses of other contexts do not compare, and beside a ruin every gain is beyond measure.
-            seen, reward = math.nan, reward if reward == UNDONE else None
+        # Losses of other contexts do not compare, and beside a ruin every gain is beyond measure.
+        seen, reward = math.nan, UNDONE if outcome.verdict in (Verdict.REFUSED, Verdict.RUINED) else None
+        if trial.is_beside_twin and not trial.is_exempt:
+            seen, reward = worth_of(outcome, ordinary_seconds=ordinary_seconds)
         is_judged = outcome.verdict in APPLIED_VERDICTS and outcome.verdict is not Verdict.ABORTED
         if is_judged:
             kept = is_kept(outcome)
@@ -171,7 +149,7 @@ class ControlTrials:
     def _pay(self, trial: Trial, outcome: Outcome, seen: float) -> None:
         """A change that beat its twin has brought back a part of its cost."""
         cost, gain = max(0.0, outcome.passes), 0.0
-        if not is_beside_twin(trial.controls, trial.before):
+        if not trial.is_beside_twin:
             self.budget.settle(trial.expected_passes, cost, gain)
             return
         if outcome.verdict is Verdict.ACCEPTED and math.isfinite(seen):
@@ -248,7 +226,7 @@ class ControlTrials:
 def _told(trial: Trial, outcome: Outcome) -> str:
     """What was seen, in the words of the page."""
     seen = seen_of(outcome, before=trial.before, after=trial.controls)
-    return seen_words(seen, outcome, beside_twin=is_beside_twin(trial.controls, trial.before))
+    return seen_words(seen, outcome, beside_twin=trial.is_beside_twin)
 
 
 def kind_of(arm: str) -> str:

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from common import features
-from common.control_rules import is_beside_twin, trial_steps, words
+from common.control_rules import trial_steps, words
 from common.errors import CheckpointError
 from common.messages import Controls, Forecast, Observation, Outcome, Phase, PhaseDecision
 from common.settings import RunSettings
@@ -74,8 +75,7 @@ class Pilot:
         controls = tried_with or self.in_force.controls
         trial = self.trials.open
         if tried_with is not None and trial is not None and tried_with == trial.controls:
-            is_return = observation.attempt > trial.attempt
-            self.trials.open = trial.stepped(observation.features[_SECONDS], is_return=is_return)
+            self.trials.open = replace(trial, is_return=observation.attempt > trial.attempt)
         self.times.observe(controls, observation.features[_SECONDS])
         self.trials.stepped(controls.batch_factor)
 
@@ -86,7 +86,7 @@ class Pilot:
             return None
         if observation.attempt == trial.attempt:
             return trial.controls
-        if observation.attempt != trial.attempt + 1 or not is_beside_twin(trial.controls, trial.before):
+        if observation.attempt != trial.attempt + 1 or not trial.is_beside_twin:
             return None
         told = told_controls(observation, self._settings.trainer, trial.controls)
         return trial.controls if agree(told, trial.controls) else trial.before
@@ -113,7 +113,7 @@ class Pilot:
         if trial.is_return:
             self.in_force = begun_with(trial.controls)
             return
-        if not is_beside_twin(trial.controls, trial.before):  # behind a twin it goes on from the trial's end
+        if not trial.is_beside_twin:  # behind a twin it goes on from the trial's end
             kept_step = max(self._step, kept_step)
         self.in_force = self.in_force.kept(trial.controls, base_step=trial.base_step, kept_step=kept_step)
 
@@ -216,7 +216,6 @@ class Pilot:
     ) -> PhaseDecision:
         gain = f", {100.0 * chosen.gain:+.0f} % progress per second forecast" if chosen.gain > 0.0 else ""
         reason = f"{words(here.now, chosen.controls)}: {chosen.why}{gain}"[:REASON_CHARACTERS]
-        slope_nats = -here.curve.slope_at(here.step) if here.curve else 0.0
         decision = make_decision(
             point,
             phase=Phase.PREDICT,
@@ -238,7 +237,6 @@ class Pilot:
             context=context,
             gain=chosen.gain,
             reason=reason,
-            slope_nats=slope_nats,
             expected_passes=self.trials.expected_passes(chosen, here.now),
             is_exempt=chosen.is_exempt,
         )

@@ -117,23 +117,26 @@ def test_a_lockstep_step_costs_its_data() -> None:
     assert times.fit(NEUTRAL) == StepTime(0.0, pytest.approx(3.0))
 
 
-def test_a_trial_is_worth_its_progress_per_second() -> None:
-    """Eight steps from 2.0 at 0.01 nats a step: as before is 0, twice the progress in twice the time too."""
+def test_a_trial_is_worth_what_it_gained_on_the_run_without_it() -> None:
+    """Eight steps; the run without it fell by 0.08. The steps that it lost are no part of the worth."""
     kept = dataclasses.replace(
         outcome(a_decision(), Verdict.ACCEPTED, 0),
         loss_before=2.0, loss_end=1.92, loss_forecast=1.92, loss_spread=0.0, full_step_seconds=3.0,
+        lost_seconds=24.0,
     )  # fmt: skip
-    assert worth_of(kept, slope_nats=0.01, step_seconds=3.0)[0] == pytest.approx(0.0)
+    assert worth_of(kept)[0] == pytest.approx(0.0)
     twice = dataclasses.replace(kept, loss_end=1.84)
-    assert worth_of(twice, slope_nats=0.01, step_seconds=3.0)[0] == pytest.approx(1.0)
-    doubled = dataclasses.replace(twice, loss_forecast=1.84)
-    assert worth_of(doubled, slope_nats=0.01, step_seconds=6.0, batch_change=2.0)[0] == pytest.approx(0.0)
-    paid = worth_of(dataclasses.replace(twice, check_seconds=12.0), slope_nats=0.01, step_seconds=3.0)[1]
-    assert paid == pytest.approx(math.tanh(1.0 - 4.0 / 8.0))
-    refused = dataclasses.replace(kept, verdict=Verdict.REFUSED)
-    assert worth_of(refused, slope_nats=0.01, step_seconds=3.0)[1] == -1.0
-    aborted = dataclasses.replace(kept, verdict=Verdict.ABORTED)
-    assert worth_of(aborted, slope_nats=0.01, step_seconds=3.0)[1] is None
+    assert worth_of(twice) == (pytest.approx(1.0), pytest.approx(math.tanh(1.0)))
+    shaky = dataclasses.replace(twice, loss_spread=0.16)  # a fall of 0.08 is none to be told
+    assert worth_of(shaky)[0] == pytest.approx(0.5)
+    paid = dataclasses.replace(twice, check_seconds=12.0)
+    assert worth_of(paid)[1] == pytest.approx(math.tanh(1.0 - 4.0 / 8.0))
+    assert worth_of(paid, ordinary_seconds=6.0)[1] == pytest.approx(math.tanh(1.0 - 2.0 / 8.0))
+    assert worth_of(dataclasses.replace(kept, verdict=Verdict.REFUSED))[1] == -1.0
+    assert worth_of(dataclasses.replace(kept, verdict=Verdict.ABORTED))[1] is None
+    unknown = worth_of(dataclasses.replace(kept, loss_forecast=math.nan))
+    assert math.isnan(unknown[0])
+    assert unknown[1] is None
 
 
 @given(st.lists(st.sampled_from([0.25, 0.5, 1.0, 2.0]), max_size=8), st.integers(0, 300))
